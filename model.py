@@ -1,0 +1,161 @@
+"""The paper's three-branch convolutional network, and the original program's initial weights."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+N_MELS, N_FRAMES = 128, 628  # a clip's log-mel spectrogram
+N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
+CLIPS_AT_ONCE_ON_CPU = 4  # see MultiScaleCNN.forward
+
+
+class MultiScaleCNN(nn.Module):
+    """(clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
+
+    The three branches see the spectrogram at full, 1/2 x 1/4 and 1/4 x 1/16 resolution (mels x frames) and meet
+    at (clips, 210, 16, 19).
+    """
+
+    def __init__(self, n_tags=50):
+        super().__init__()
+        self.branch1 = nn.Sequential(
+            ConvPool(1, 50, kernel=(3, 7), pool=(2, 4)),
+            ConvPool(50, 100, kernel=(3, 5), pool=(2, 4)),
+            ConvPool(100, 70, kernel=(3, 3), pool=(2, 2)),
+        )
+        self.branch2 = nn.Sequential(
+            ConvPool(1, 100, kernel=(3, 5), pool=(2, 4)),
+            ConvPool(100, 70, kernel=(3, 3), pool=(2, 2)),
+        )
+        self.branch3 = ConvPool(1, 70, kernel=(3, 3), pool=(2, 2))
+        self.joined = nn.Sequential(
+            ConvPool(210, 70, kernel=(3, 3)),
+            ConvPool(70, 70, kernel=(3, 3), pool=(2, 2)),
+            nn.Flatten(),
+        )
+        self.batch_norm = FeatureBatchNorm(N_FEATURES)
+        self.dropout = BatchDropout(keep_probability=0.6)
+        self.hidden = nn.Linear(N_FEATURES, 500)
+        self.top = nn.Linear(500, n_tags)
+
+    def forward(self, spectrograms):
+        # No value before the batch norm depends on another clip. On a CPU, a few clips at a time keep the first
+        # layers' output (16 MB a clip) in the cache: the same numbers in less time and memory.
+        clips_at_once = CLIPS_AT_ONCE_ON_CPU if spectrograms.device.type == "cpu" else max(len(spectrograms), 1)
+        features = torch.cat([self.features(clips) for clips in spectrograms.split(clips_at_once)])
+        features = self.dropout(self.batch_norm(features))
+        return self.top(F.relu(self.hidden(features)))
+
+    def features(self, spectrograms):
+        """(clips, 1, 128, 628) -> (clips, 5040), channel by channel."""
+        half = F.avg_pool2d(spectrograms, (2, 4))
+        quarter = F.avg_pool2d(half, (2, 4))
+        branches = self.branch1(spectrograms), self.branch2(half), self.branch3(quarter)
+        return self.joined(torch.cat(branches, dim=1))
+
+
+class ConvPool(nn.Sequential):
+    """Convolution of stride 1 and zero padding k//2, max-pooling that floors, ReLU.
+
+    The original applies the ReLU before the pooling. Both are monotone, so the order makes no difference to the
+    result, but this way the ReLU has an eighth of the work.
+    """
+
+    def __init__(self, channels_in, channels_out, kernel, pool=None):
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        layers = [nn.Conv2d(channels_in, channels_out, kernel, padding=padding)]
+        if pool:
+            layers.append(nn.MaxPool2d(pool))
+        super().__init__(*layers, nn.ReLU(inplace=True))
+
+
+class FeatureBatchNorm(nn.Module):
+    """Batch normalisation of (clips, features) as Totem does it.
+
+    Epsilon is 1e-3, and running = 0.99 running + 0.01 batch with the batch's *biased* variance, where PyTorch's
+    own layer would use the unbiased one. With several processes, the statistics are the whole global batch's.
+    """
+
+    def __init__(self, n_features, epsilon=1e-3, momentum=0.01):
+        super().__init__()
+        self.epsilon, self.momentum = epsilon, momentum
+        self.scale = nn.Parameter(torch.ones(n_features))
+        self.shift = nn.Parameter(torch.zeros(n_features))
+        self.register_buffer("running_mean", torch.zeros(n_features))
+        self.register_buffer("running_var", torch.ones(n_features))
+
+    def forward(self, features):
+        features = features.to(self.scale.dtype)  # bfloat16 has too few digits for a mean
+        if self.training:
+            mean, var = self._batch_statistics(features)
+        else:
+            mean, var = self.running_mean, self.running_var
+        return (features - mean) * torch.rsqrt(var + self.epsilon) * self.scale + self.shift
+
+    def _batch_statistics(self, features):
+        n_clips = sum_over_processes(features.new_tensor(float(len(features))))
+        mean = sum_over_processes(features.sum(dim=0)) / n_clips
+        var = sum_over_processes((features - mean).square().sum(dim=0)) / n_clips
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        return mean, var
+
+
+def sum_over_processes(tensor):
+    """Return the sum of `tensor` over all training processes, and let gradients flow back to each of them."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return all_reduce(tensor) if several else tensor
+
+
+class BatchDropout(nn.Module):
+    """Totem's dropout: one mask serves every clip of the batch, and the probability is that of *keeping* a value."""
+
+    def __init__(self, keep_probability=0.6):
+        super().__init__()
+        self.keep_probability = keep_probability
+        self.register_buffer("device_marker", torch.empty(0), persistent=False)
+
+    def draw_mask(self, n_features):
+        """Return the mask of one step: (n_features,), 0 or 1/keep_probability."""
+        kept = torch.rand(n_features, device=self.device_marker.device) < self.keep_probability
+        return kept / self.keep_probability
+
+    def forward(self, features):
+        if not self.training:
+            return features
+        return features * self.draw_mask(features.shape[1]).to(features)
+
+
+@torch.no_grad()
+def initialize(net, rng):
+    """Draw the original's initial weights for `net` from `rng`, a numpy.random.RandomState.
+
+    Glorot normal, layer by layer from the first branch to the top; the top layer's are four times as wide; biases
+    are 0. Theano flips its filters and stores fully connected weights as (in, out), so each draw is turned round
+    to give the same function in PyTorch. The float64 draws are rounded to the precision that `net` has.
+    """
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            weights = _glorot_normal(rng, tuple(layer.weight.shape))[:, :, ::-1, ::-1]
+        elif isinstance(layer, nn.Linear):
+            weights = _glorot_normal(rng, tuple(layer.weight.shape)[::-1]).T
+        else:
+            continue
+        if layer is net.top:
+            weights = 4 * weights
+        layer.weight.copy_(torch.from_numpy(weights.copy()))
+        layer.bias.zero_()
+
+
+def _glorot_normal(rng, shape):
+    """Return float64 draws for a convolution (out, in, height, width) or a fully connected layer (in, out)."""
+    if len(shape) == 4:
+        area = shape[2] * shape[3]
+        fan_in, fan_out = shape[1] * area, shape[0] * area
+    else:
+        fan_in, fan_out = shape
+    return rng.normal(0, np.sqrt(2 / (fan_in + fan_out)), shape)

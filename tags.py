@@ -1,0 +1,174 @@
+"""MagnaTagATune's tags: read the annotations, merge synonyms, keep the most frequent.
+
+Run as a script, prints the tags that training would use, with their counts.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import ROOT, InputError, run, settings_from_command_line
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: Path = ROOT / "data"  # folder with tags.csv (or annotations_final.csv)
+    n_tags: int = 50  # how many of the most frequent tags to keep
+    merge_tags: bool = True  # merge synonyms first
+
+
+# The paper's groups. A merged tag is positive where any of its group is, and takes the group's first name.
+# "female vocal" belongs to no group: the original left it out, and it stays a tag of its own.
+SYNONYMS = (
+    ("beat", "beats"),
+    ("chant", "chanting"),
+    ("choir", "choral"),
+    ("classical", "clasical", "classic"),
+    ("drum", "drums"),
+    ("electro", "electronic", "electronica", "electric"),
+    ("fast", "fast beat", "quick"),
+    ("female", "female singer", "female singing", "female vocals", "female voice", "woman", "woman singing", "women"),
+    ("flute", "flutes"),
+    ("guitar", "guitars"),
+    ("hard", "hard rock"),
+    ("harpsichord", "harpsicord"),
+    ("heavy", "heavy metal", "metal"),
+    ("horn", "horns"),
+    ("india", "indian"),
+    ("jazz", "jazzy"),
+    ("male", "male singer", "male vocal", "male vocals", "male voice", "man", "man singing", "men"),
+    ("no beat", "no drums"),
+    ("no singer", "no singing", "no vocal", "no vocals", "no voice", "no voices", "instrumental"),
+    ("opera", "operatic"),
+    ("orchestra", "orchestral"),
+    ("quiet", "silence"),
+    ("singer", "singing"),
+    ("space", "spacey"),
+    ("strange", "weird"),
+    ("string", "strings"),
+    ("synth", "synthesizer"),
+    ("violin", "violins"),
+    ("vocal", "vocals", "voice", "voices"),
+)
+
+
+class Annotations(NamedTuple):
+    """One row per clip, in the table's order."""
+
+    ids: np.ndarray  # (clips,) int64
+    labels: np.ndarray  # (clips, tags) uint8, 0 or 1
+    tag_names: list
+    mp3_paths: list  # relative to the data folder
+
+
+def main():
+    settings = settings_from_command_line(Settings, __doc__)
+    annotations = read_annotations(annotations_path(settings.data))
+    labels, names = select_tags(annotations.labels, annotations.tag_names, settings.n_tags, settings.merge_tags)
+    print(f"{len(labels):,} clips, {len(annotations.tag_names)} tags; the {len(names)} that training would use:")
+    for rank, (name, count) in enumerate(zip(names, labels.sum(axis=0, dtype=int)), start=1):
+        print(f"{rank:4}  {name:<24}{count:>8,}{count / len(labels):>8.1%}")
+    print(f"{np.sum(~labels.any(axis=1)):,} clips have none of these tags")
+
+
+def annotations_path(data):
+    """Return the annotations' path in folder `data`: tags.csv, or MagnaTagATune's own name for it."""
+    for name in ("tags.csv", "annotations_final.csv"):
+        if (data / name).is_file():
+            return data / name
+    raise InputError(f"{data / 'tags.csv'}: not there; run get_data.py, or name the folder that holds it with --data")
+
+
+def read_annotations(path):
+    """Read a table in MagnaTagATune's format: tab separated, `clip_id`, one column per tag, `mp3_path`.
+
+    Quotes, a byte-order mark and either line ending are optional. Raises InputError with the line number
+    where a row has another number of columns, a value other than 0 or 1, or a clip id that is not a new integer.
+    """
+    header, rows = _read_table(path, first="clip_id", last="mp3_path")
+    tag_names = header[1:-1]
+    ids, paths, labels = [], [], np.zeros((len(rows), len(tag_names)), np.uint8)
+    line_of = {}
+    for row, (line, fields) in enumerate(rows):
+        clip = _clip_id(path, line, fields[0])
+        if clip in line_of:
+            raise InputError(f"{path}, line {line}: clip {clip} is there already, on line {line_of[clip]}")
+        line_of[clip] = line
+        values = fields[1:-1]
+        if not set(values) <= {"0", "1"}:
+            column = next(i for i, value in enumerate(values) if value not in ("0", "1"))
+            raise InputError(f"{path}, line {line}: {tag_names[column]!r} is {values[column]!r}; it must be 0 or 1")
+        if not fields[-1]:
+            raise InputError(f"{path}, line {line}: clip {clip} has no mp3_path")
+        ids.append(clip)
+        paths.append(fields[-1])
+        labels[row] = [value == "1" for value in values]
+    return Annotations(np.array(ids, np.int64), labels, tag_names, paths)
+
+
+def _clip_id(path, line, text):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18):  # 18 digits always fit an int64
+        raise InputError(f"{path}, line {line}: clip_id is {text!r}; it must be an integer")
+    return int(text)
+
+
+def _read_table(path, first, last):
+    """Return a tab-separated table's header and its rows as (line number, fields)."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t", strict=True)
+            rows = [(reader.line_num, fields) for fields in reader if fields]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
+    if not rows:
+        raise InputError(f"{path}: empty")
+    _, header = rows.pop(0)
+    if len(header) < 3 or header[0] != first or header[-1] != last:
+        raise InputError(f"{path}, line 1: no header; it must begin with {first}, end with {last}, and be tab separated")
+    twice = {name for name in header if header.count(name) > 1}
+    if twice or "" in header:
+        raise InputError(f"{path}, line 1: every column needs a name of its own ({', '.join(map(repr, twice)) or 'empty'})")
+    for line, fields in rows:
+        if len(fields) != len(header):
+            raise InputError(f"{path}, line {line}: {len(fields)} columns, but the header has {len(header)}")
+    if not rows:
+        raise InputError(f"{path}: a header and no clips")
+    return header, rows
+
+
+def merge_synonyms(labels, tag_names):
+    """Return (labels, tag_names) with each group of SYNONYMS joined into one tag by OR.
+
+    A merged tag stands where the first of its group stood. Groups that the names lack, wholly or in part, are
+    no error: the rest of the group is merged, and takes its first name all the same.
+    """
+    group_name = {name: group[0] for group in SYNONYMS for name in group}
+    merged_names = list(dict.fromkeys(group_name.get(name, name) for name in tag_names))
+    merged = np.zeros((len(labels), len(merged_names)), labels.dtype)
+    for column, name in enumerate(tag_names):
+        target = merged[:, merged_names.index(group_name.get(name, name))]
+        np.maximum(target, labels[:, column], out=target)
+    return merged, merged_names
+
+
+def top_tags(labels, tag_names, n_tags):
+    """Return (labels, tag_names) of the `n_tags` tags with most positives over all clips, in falling order.
+
+    Equal counts keep the order of their columns. Fewer tags than `n_tags`: all of them.
+    """
+    order = np.argsort(-labels.sum(axis=0, dtype=np.int64), kind="stable")[:n_tags]
+    return labels[:, order], [tag_names[column] for column in order]
+
+
+def select_tags(labels, tag_names, n_tags, merge):
+    """Return (labels, tag_names) that training uses: synonyms merged if `merge`, then the most frequent."""
+    if merge:
+        labels, tag_names = merge_synonyms(labels, tag_names)
+    return top_tags(labels, tag_names, n_tags)
+
+
+if __name__ == "__main__":
+    run(main)
