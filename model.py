@@ -1,5 +1,9 @@
 """The paper's three-branch convolutional network, and the original program's initial weights."""
 
+import contextlib
+import ctypes
+import sys
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -7,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-N_MELS, N_FRAMES = 128, 628  # a clip's log-mel spectrogram
+from common import InputError
+
 N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
 CLIPS_AT_ONCE_ON_CPU = 4  # see MultiScaleCNN.forward
 
@@ -159,3 +164,25 @@ def _glorot_normal(rng, shape):
     else:
         fan_in, fan_out = shape
     return rng.normal(0, np.sqrt(2 / (fan_in + fan_out)), shape)
+
+
+def choose_device(name):
+    """Return the torch.device called `name`; for "auto" a CUDA GPU, else Apple's, else the CPU.
+
+    On a CPU, also tell the C library to keep freed memory: PyTorch frees and takes back a gigabyte in each training
+    step, and having the kernel clear those pages anew costs as much time as the arithmetic. Raises InputError
+    for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too ...
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back
+    return device

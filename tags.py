@@ -109,6 +109,36 @@ def read_annotations(path):
     return Annotations(np.array(ids, np.int64), labels, tag_names, paths)
 
 
+class ClipInfo(NamedTuple):
+    """Where a clip was cut from. Titles recur on other albums, so a track is its whole provenance."""
+
+    artist: str
+    album: tuple  # (artist, album)
+    track: tuple  # (artist, album, track number, title)
+
+
+def clip_info_of(data, ids):
+    """Return the ClipInfo of each clip id, from clip_info_final.csv in folder `data`.
+
+    Raises InputError if the table is missing, malformed, or lacks one of the clips.
+    """
+    path = data / "clip_info_final.csv"
+    header, rows = _read_table(path, first="clip_id", last="mp3_path")
+    try:
+        columns = [header.index(name) for name in ("artist", "album", "track_number", "title")]
+    except ValueError as error:
+        raise InputError(f"{path}, line 1: a column is missing ({error})") from error
+    info = {}
+    for line, fields in rows:
+        artist, album, number, title = (fields[column] for column in columns)
+        clip = _clip_id(path, line, fields[0])
+        info[clip] = ClipInfo(artist, (artist, album), (artist, album, number, title))
+    missing = [clip for clip in ids if int(clip) not in info]
+    if missing:
+        raise InputError(f"{path}: lacks {len(missing):,} of the {len(ids):,} clips, the first of them {missing[0]}")
+    return [info[int(clip)] for clip in ids]
+
+
 def _clip_id(path, line, text):
     if not (text.isascii() and text.isdecimal() and len(text) <= 18):  # 18 digits always fit an int64
         raise InputError(f"{path}, line {line}: clip_id is {text!r}; it must be an integer")
@@ -121,6 +151,8 @@ def _read_table(path, first, last):
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
             rows = [(reader.line_num, fields) for fields in reader if fields]
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there; get_data.py downloads MagnaTagATune's") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
     if not rows:
