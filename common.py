@@ -48,6 +48,7 @@ def run(main, when_interrupted="the same command goes on from here"):
 
     Exit status: what `main` returns (None is 0), 1 for bad input or a failed file operation, 130 for Ctrl-C.
     """
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows what has been done so far
     try:
         status = main()
     except InputError as error:
@@ -69,10 +70,11 @@ def _complain(message):
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="wb", **options):
+def whole_file(path, mode="wb", durable=True, **options):
     """Open `path` for writing so that it appears complete or not at all, whenever the process dies.
 
-    The bytes go to `<path>.partial`, reach the disk, and only then take the name.
+    The bytes go to `<path>.partial`, reach the disk, and only then take the name. With `durable=False` they need
+    not have reached the disk, for files that the next start checks byte by byte.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -80,7 +82,8 @@ def whole_file(path, mode="wb", **options):
         with open(partial, mode, **options) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -91,11 +91,13 @@ def chunk_writer(chunk):
         def append(spectrogram, outcome="", reason=""):
             nonlocal crc
             if spectrogram is None:
-                spectrogram = np.zeros((N_MELS, N_FRAMES), np.float32)
-            clip = spectrogram.astype("<f4", copy=False).tobytes()
-            crc = zlib.crc32(clip, crc)
-            file.write(clip)
-            file.flush()
+                crc = zlib.crc32(bytes(CLIP_BYTES), crc)
+                file.truncate(file.seek(0, os.SEEK_END) + CLIP_BYTES)  # zeros that take no room on the disk
+            else:
+                clip = spectrogram.astype("<f4", copy=False).tobytes()
+                crc = zlib.crc32(clip, crc)
+                file.write(clip)
+                file.flush()
             journal.write(f"{crc:08x}\t{outcome}\t{' '.join(reason.split())}\n".encode())
 
         yield len(entries), append
@@ -145,19 +147,27 @@ def dump_lock(data):
 
 
 def read_manifest(data):
-    """Return the contents of dump.json, or None where there is none."""
+    """Return the contents of dump.json, or None where there is none. Raises InputError if it is damaged."""
+    path = data / MANIFEST
     try:
-        return json.loads((data / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        intact = manifest.pop("checksum") == _checksum(manifest)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(f"{data / MANIFEST}: damaged ({error}); gen_spectrograms.py --overwrite starts over") from error
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise InputError(f"{path}: damaged; delete it and start over with gen_spectrograms.py --overwrite")
+    return manifest
 
 
 def write_manifest(data, manifest):
     with whole_file(data / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
+        json.dump({**manifest, "checksum": _checksum(manifest)}, file, indent=1)
+
+
+def _checksum(manifest):
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def crc_of_file(path):

@@ -120,8 +120,8 @@ def score_part(labels, probabilities, tag_names, settings, info, rows, training_
         "clips": len(rows),
         "roc_auc": with_interval(scores.macro(auc), scores.macro(resampled.roc_auc)),
         "average_precision": with_interval(scores.macro(ap), scores.macro(resampled.average_precision)),
-        "clip_roc_auc": float(scores.macro(scores.clip_roc_auc(labels, probabilities))),
-        "precision_at": {k: float(scores.macro(scores.precision_at(k, labels, probabilities))) for k in (1, 3, 5)},
+        "clip_roc_auc": number(scores.macro(scores.clip_roc_auc(labels, probabilities))),
+        "precision_at": {k: number(scores.macro(scores.precision_at(k, labels, probabilities))) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, auc) if np.isnan(score)],
         "leakage": leakage(labels, probabilities, info, rows, training_rows) if info else None,
         "tags": per_tag_rows(tag_names, labels, auc, ap, resampled),
@@ -217,13 +217,20 @@ def bracketed(row, score):
     return f"{row[score]:.3f} [{row[f'{score}_low']:.3f}, {row[f'{score}_high']:.3f}]"
 
 
+def shown(value):
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def shown_with_interval(score):
+    return f"{shown(score['value'])} [{shown(score['low'])}, {shown(score['high'])}]"
+
+
 def print_part(part, result):
-    auc, ap = ("{value:.4f} [{low:.4f}, {high:.4f}]".format(**result[score]) for score in ("roc_auc", "average_precision"))
-    precision = ", ".join(f"{value:.3f} at {k}" for k, value in result["precision_at"].items())
+    precision = ", ".join(f"{shown(value)} at {k}" for k, value in result["precision_at"].items())
     print(f"\n{part}, {result['clips']:,} clips")
-    print(f"  ROC-AUC            {auc}  macro over tags")
-    print(f"  average precision  {ap}  macro over tags")
-    print(f"  within a clip      ROC-AUC {result['clip_roc_auc']:.4f}; precision {precision}")
+    print(f"  ROC-AUC            {shown_with_interval(result['roc_auc'])}  macro over tags")
+    print(f"  average precision  {shown_with_interval(result['average_precision'])}  macro over tags")
+    print(f"  within a clip      ROC-AUC {shown(result['clip_roc_auc'])}; precision {precision}")
     if result["one_class"]:
         print(f"  left out           {', '.join(result['one_class'])}: only one class among these clips")
     if result["leakage"]:

@@ -11,21 +11,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
 from common import whole_file
 
 STYLE = {
-    "savefig.dpi": 100, "savefig.bbox": "tight", "image.interpolation": "nearest",
+    "savefig.dpi": 100, "savefig.bbox": "tight", "image.interpolation": "nearest", "legend.edgecolor": "none",
     "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "text.parse_math": False,  # a dollar sign in a file's name begins no formula
-    "axes.spines.top": False, "axes.spines.right": False,
-    "legend.edgecolor": "none", "legend.framealpha": 1,
 }
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 NEGATIVE = -0.1  # correlations below this are marked, because in grey they look like positive ones
 DYNAMIC_RANGE = 80  # dB that a spectrogram's colours span
-N_COLOURS = 20  # for them, 4 dB each: 256 would triple the file
+LOUDNESS = matplotlib.colormaps["magma"].resampled(20)  # colours, 4 dB each: 256 nearly double the file
 MAX_COLUMNS = 600  # of a spectrogram's picture: about one for a pixel
 
 styled = matplotlib.style.context(["default", STYLE])  # whatever the reader's own matplotlibrc says
@@ -36,49 +34,38 @@ def training_curves(path, history, synthetic=False):
     """Draw the loss and the validation score over the epochs, the learning rate's steps and the chosen epoch.
 
     `history` has a dict for each epoch: "epoch" (0 is before training), "learning_rate", "loss" (nats; None for
-    epoch 0), "validation_roc_auc" (None or NaN where undefined) and "best" (better than all before).
+    epoch 0), "validation_roc_auc" (None or NaN where undefined) and "best": the last best epoch is the chosen one.
     """
-    figure = _figure("Training", synthetic, 6.4, 4.6)
-    loss_axes, score_axes = figure.subplots(2, sharex=True)
     epochs = np.array([row["epoch"] for row in history])
     losses = np.array([row["loss"] for row in history], dtype=float)
+    scores = np.array([row["validation_roc_auc"] for row in history], dtype=float)
+    figure = _figure("Training", synthetic, 6.4, 4.6)
+    loss_axes, score_axes = figure.subplots(2, sharex=True)
     loss_axes.plot(epochs, losses, "s-", color=GREY, markersize=3)
     loss_axes.set_ylabel("training loss (nats)")
-    score_axes.set(ylabel="validation ROC-AUC", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    score_axes.plot(epochs, np.where(epochs > 0, scores, np.nan), "o-", color=BLUE, markersize=3)
+    if epochs[0] == 0 and np.isfinite(scores[0]):  # only in words: an axis from there would dwarf the rest
+        score_axes.plot([], [], " ", label=f"before training: {scores[0]:.4f}")
+    chosen = max(index for index, row in enumerate(history) if row["best"])
+    shown_score = f"{scores[chosen]:.4f}" if np.isfinite(scores[chosen]) else "undefined"
+    label = f"chosen: epoch {epochs[chosen]}, ROC-AUC {shown_score}"
+    score_axes.plot(epochs[chosen], scores[chosen], "*", color=VERMILLION, markersize=13, mec="black", label=label)
+    score_axes.legend(reverse=True)
+    score_axes.set(ylabel="validation ROC-AUC", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ymargin=0.1)
     score_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _draw_scores(score_axes, epochs, history)
     _mark_learning_rates(loss_axes, score_axes, [row for row in history if row["epoch"] > 0])
     return _save(figure, path)
-
-
-def _draw_scores(axes, epochs, history):
-    """Draw the scores and mark the last best one. Epoch 0's is only written: an axis from there dwarfs the rest."""
-    scores = np.array([row["validation_roc_auc"] for row in history], dtype=float)
-    shown = np.where(epochs > 0, scores, np.nan)
-    axes.plot(epochs, shown, "o-", color=BLUE, markersize=3)
-    best = [index for index, row in enumerate(history) if row["best"]]
-    if best:
-        chosen = best[-1]
-        shown[chosen] = scores[chosen]
-        label = f"chosen: epoch {epochs[chosen]}, ROC-AUC {scores[chosen]:.4f}"
-        axes.plot(epochs[chosen], scores[chosen], "*", color=VERMILLION, markersize=13, mec="black", label=label)
-        margin = 0.1 * (np.nanmax(shown) - np.nanmin(shown)) + 0.005
-        axes.set_ylim(np.nanmin(shown) - margin, np.nanmax(shown) + margin)
-        if epochs[0] == 0:
-            axes.plot([], [], " ", label=f"before training: {scores[0]:.4f}")
-        axes.legend()
 
 
 def _mark_learning_rates(top, bottom, trained):
     """Write the learning rates above the panels, with a line through both where the rate changes."""
     top.text(-0.01, 1.05, "learning rate", transform=top.transAxes, ha="right", color=GREY)
-    for before, row in zip([None, *trained], trained):
-        if before and before["learning_rate"] == row["learning_rate"]:
-            continue
-        start = row["epoch"] - 0.5
-        top.text(start, 1.05, f"{row['learning_rate']:g}", transform=top.get_xaxis_transform(), color=GREY)
-        for axes in (top, bottom) if before else ():
-            axes.axvline(start, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
+    firsts = [row for i, row in enumerate(trained) if i == 0 or row["learning_rate"] != trained[i - 1]["learning_rate"]]
+    for row in firsts:
+        top.text(row["epoch"] - 0.5, 1.05, f"{row['learning_rate']:g}", transform=top.get_xaxis_transform(), color=GREY)
+    for axes in (top, bottom):
+        for row in firsts[1:]:
+            axes.axvline(row["epoch"] - 0.5, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
 
 
 @styled
@@ -91,12 +78,10 @@ def per_tag_roc_auc(path, rows, synthetic=False, title="ROC-AUC of each tag", in
     rows = sorted(rows, key=lambda row: (np.isnan(row["roc_auc"]), -np.nan_to_num(row["roc_auc"]), row["tag"]))
     figure = _figure(title, synthetic, 6.4, 1.2 + 0.17 * len(rows))
     score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    score_axes.set_yticks(range(len(rows)), [row["tag"] for row in rows])
-    score_axes.set_ylim(len(rows) - 0.4, -0.6)
+    score_axes.set(yticks=range(len(rows)), yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
     for axes in (score_axes, bar_axes):
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", color="0.9")
-        axes.set_axisbelow(True)
     _dots_and_intervals(score_axes, rows, interval)
     bar_axes.barh(range(len(rows)), [100 * row["prevalence"] for row in rows], height=0.6, color="0.6")
     bar_axes.set_xlabel("prevalence\n(% of clips)")
@@ -117,8 +102,8 @@ def _dots_and_intervals(axes, rows, interval):
     for (x, label, style, colour), side in zip(sorted(lines), ("right", "left")):  # labels that stay apart
         axes.axvline(x, color=colour, linestyle=style, linewidth=1, zorder=1)
         axes.text(x, 1.01, f" {label} ", transform=axes.get_xaxis_transform(), ha=side, color=colour)
-    axes.set_xlim(min(0.45, np.nanmin([scores, low], initial=1) - 0.02), 1.01)
-    axes.set_xlabel(f"ROC-AUC and its {interval}")
+    lowest = np.nanmin([*scores, *low, 0.47])
+    axes.set(xlabel=f"ROC-AUC and its {interval}", xlim=(lowest - 0.02, 1.01))
 
 
 @styled
@@ -128,7 +113,8 @@ def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
     The values are Pearson correlations over the clips, 0 for a tag that is the same in all of them.
     """
     panels = {"annotations": _correlations(labels), "predictions": _correlations(probabilities)}
-    order = _similar_adjacent(panels["annotations"])
+    distances = 1 - panels["annotations"][np.triu_indices(len(tag_names), 1)]
+    order = leaves_list(linkage(distances, "average", optimal_ordering=True)) if len(distances) else [0]
     names = [tag_names[tag] for tag in order]
     side = max(2.6, 0.105 * len(names))
     figure = _figure("Correlation between tags", synthetic, 2 * side + 2.2, side + 1.5, layout="compressed")
@@ -136,11 +122,9 @@ def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
     for axes, (title, correlations) in zip(both, panels.items()):
         ordered = correlations[np.ix_(order, order)]
         image = axes.imshow(ordered, cmap=matplotlib.colormaps["PuOr"].resampled(41), vmin=-1, vmax=1)
-        rows, columns = np.nonzero(ordered < NEGATIVE)
-        axes.plot(columns, rows, "_", color="black", markersize=3, markeredgewidth=0.6)
-        axes.set_title(title)
+        axes.plot(*np.nonzero(ordered < NEGATIVE), "_", color="black", markersize=3, markeredgewidth=0.6)
+        axes.set(title=title, yticks=range(len(names)), yticklabels=names)
         axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0, labelsize=9 if len(names) <= 20 else 6.5)
     figure.colorbar(image, ax=both, shrink=0.7, pad=0.02, label=f"Pearson correlation (dash: below {NEGATIVE})")
     return _save(figure, path)
@@ -153,14 +137,7 @@ def _correlations(columns):
     lengths = np.linalg.norm(centred, axis=0)
     correlations = centred.T @ centred / np.maximum(np.outer(lengths, lengths), np.finfo(float).tiny)
     np.fill_diagonal(correlations, 1)
-    return correlations
-
-
-def _similar_adjacent(correlations):
-    """Return the tags' numbers in the order of a dendrogram's leaves (average linkage, optimal leaf order)."""
-    if len(correlations) < 2:
-        return np.arange(len(correlations))
-    return leaves_list(linkage(squareform(1 - correlations, checks=False), "average", optimal_ordering=True))
+    return np.clip(correlations, -1, 1)  # linkage refuses a negative distance
 
 
 @styled
@@ -183,7 +160,6 @@ def taggram(path, log_mel, tag_names, times, probabilities, title, sample_rate=1
     bottom.hlines(rows, 0, duration, color="white", linewidth=1)
     bottom.set_yticks(range(len(order)), [tag_names[tag] for tag in order])
     bottom.set(xlabel="time (s)", xlim=(0, duration), ylim=(len(order) - 0.5, -0.5))
-    bottom.tick_params(axis="y", length=0)
     figure.colorbar(mesh, ax=bottom, label="probability", pad=0.01, aspect=10)
     return _save(figure, path)
 
@@ -195,11 +171,10 @@ def _spectrogram(figure, axes, log_mel, sample_rate, duration):
     columns = np.add.reduceat(log_mel, starts, axis=1) / np.diff(np.append(starts, n_frames))  # means of `step` frames
     decibels = 10 * np.log10(np.e) * (columns - columns.max())
     extent = (0, duration * len(starts) * step / n_frames, -0.5, n_bands - 0.5)  # the last column may be short
-    colours = matplotlib.colormaps["magma"].resampled(N_COLOURS)
-    image = axes.imshow(decibels, cmap=colours, vmin=-DYNAMIC_RANGE, vmax=0, extent=extent, origin="lower")
+    image = axes.imshow(decibels, cmap=LOUDNESS, vmin=-DYNAMIC_RANGE, vmax=0, extent=extent, origin="lower")
     ticks = [frequency for frequency in (128, 256, 512, 1024, 2048, 4096) if frequency < sample_rate / 2]
-    bands = [(n_bands + 1) * _mel(frequency) / _mel(sample_rate / 2) - 1 for frequency in ticks]  # 0: the first's centre
-    axes.set_yticks(bands, ticks, fontsize=7)
+    bands_per_mel = (n_bands + 1) / _mel(sample_rate / 2)  # the first band is centred at one, not at 0
+    axes.set_yticks([bands_per_mel * _mel(frequency) - 1 for frequency in ticks], ticks, fontsize=7)
     axes.set(aspect="auto", ylabel="frequency (Hz)")
     figure.colorbar(image, ax=axes, label="power (dB, peak = 0)", pad=0.01, aspect=10)
 
@@ -212,7 +187,8 @@ def _mel(hertz):
 def _figure(title, synthetic, width, height, layout="constrained"):
     """Return an empty figure, `width` x `height` inches, that says so if its data are synthetic."""
     figure = Figure(figsize=(width, height), layout=layout)
-    figure.suptitle(textwrap.fill(title + " (synthetic demo data)" * synthetic, int(13 * width)))
+    note = " (synthetic demo data)" if synthetic else ""
+    figure.suptitle(textwrap.fill(title + note, int(13 * width)))
     return figure
 
 

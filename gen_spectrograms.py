@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -115,7 +116,7 @@ def decode(path, seconds=None):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror.lower()}") from error
     except soundfile.LibsndfileError as error:
-        raise InputError(f"{path}: {error.error_string.rstrip('.').lower()}") from error
+        raise InputError(f"{path}: can't be decoded ({error.error_string.rstrip('.').lower()})") from error
     samples = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
     if not len(samples):
         raise InputError(f"{path}: no audio in it")
@@ -274,7 +275,10 @@ def make_chunks(tasks):
     for worker, complaint, (chunk, mp3_paths), n_done in zip(workers, complaints, tasks, n_complete):
         worker.join()
         if worker.exitcode:
-            reason = complaint.recv() if complaint.poll() else f"its process died (exit status {worker.exitcode})"
+            try:
+                reason = complaint.recv()
+            except EOFError:
+                reason = f"its process died (exit status {worker.exitcode})"
             at = f" at {mp3_paths[n_done]}" if n_done < len(mp3_paths) else ""
             raise InputError(f"{chunk.file}{at}: {reason}; the same command goes on from there")
 
@@ -294,6 +298,7 @@ def make_chunk(chunk, mp3_paths, n_complete, slot, complain, parent):
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # mp3 decoding comments on every damaged frame
     try:
         with chunk_writer(chunk) as (n_done, append):
             n_complete[slot] = n_done
@@ -309,6 +314,9 @@ def make_chunk(chunk, mp3_paths, n_complete, slot, complain, parent):
         remedy = "; make room" if error.errno == errno.ENOSPC else ""
         complain.send(f"{error.strerror}{remedy}")
         sys.exit(1)
+    except Exception:
+        complain.send(traceback.format_exc())
+        raise
 
 
 def make_clip(data, mp3_path):

@@ -327,7 +327,7 @@ def extract(archive, member, path):
     if path.is_file() and path.stat().st_size == member.file_size and zlib.crc32(path.read_bytes()) == member.CRC:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as source, whole_file(path) as target:
+    with archive.open(member) as source, whole_file(path, durable=False) as target:
         shutil.copyfileobj(source, target, CHUNK)
 
 

@@ -1,8 +1,12 @@
-"""The paper's three-branch convolutional network, and the original program's initial weights."""
+"""The paper's three-branch convolutional network, and the original program's initial weights.
+
+Run as a script, prints the layers with the sizes of their outputs.
+"""
 
 import contextlib
 import ctypes
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,10 +15,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from common import InputError
+from common import InputError, run, settings_from_command_line
+
+
+@dataclass(frozen=True)
+class Settings:
+    n_tags: int = 50  # outputs
+
 
 N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
 CLIPS_AT_ONCE_ON_CPU = 4  # see MultiScaleCNN.forward
+
+
+def main():
+    net = MultiScaleCNN(settings_from_command_line(Settings, __doc__).n_tags).eval()
+    for name, layer in net.named_modules():
+        if not list(layer.children()) and name != "dropout":
+            layer.register_forward_hook(lambda layer, _, output, name=name: print_layer(name, layer, output))
+    net(torch.zeros(1, 1, 128, 628))
+    print(f"{sum(weights.numel() for weights in net.parameters()):,} parameters")
+
+
+def print_layer(name, layer, output):
+    sizes = " x ".join(map(str, output.shape[1:]))
+    n_parameters = sum(weights.numel() for weights in layer.parameters())
+    print(f"{name:<16}{type(layer).__name__:<18}{sizes:<18}{f'{n_parameters:,}' if n_parameters else ''}")
 
 
 class MultiScaleCNN(nn.Module):
@@ -186,3 +211,7 @@ def choose_device(name):
             mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too ...
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back
     return device
+
+
+if __name__ == "__main__":
+    run(main)

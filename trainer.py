@@ -112,7 +112,7 @@ def is_main_process():
 
 def say(text):
     if is_main_process():
-        print(text, flush=True)
+        print(text)
 
 
 def claim_folder(folder, settings):
@@ -276,13 +276,13 @@ class Training:
         }
 
     def check_labels(self):
-        """Name the tags that validation can't score; raises InputError if there are no others."""
+        """Name the tags that validation can't score."""
         labels = self.labels[torch.from_numpy(self.validation)]
         one_class = (labels == labels[:1]).all(dim=0).tolist()
         names = [name for name, only in zip(self.tag_names, one_class) if only]
         if len(names) == len(self.tag_names):
-            raise InputError(f"{self.settings.data}: no tag is both present and absent in the validation clips")
-        if names:
+            say("note: the validation clips agree on every tag, so there is no score to choose by: the last epoch is kept")
+        elif names:
             say(f"note: left out of the validation mean, because all its clips agree on them: {', '.join(names)}")
 
     def load_clips(self, dump):
@@ -374,7 +374,7 @@ class Training:
         if not is_main_process():
             return
         auc = self.score(self.validation)
-        best = all(auc > past["validation_roc_auc"] for past in self.history)
+        best = auc is None or all(auc > past["validation_roc_auc"] for past in self.history)
         row = {
             "epoch": self.epoch,
             "learning_rate": learning_rate_at(max(self.epoch, 1), self.settings),
@@ -384,7 +384,7 @@ class Training:
         }
         self.history.append(row)
         shown_loss = "" if loss is None else f"loss {loss:.4f}  "
-        say(f"epoch {self.epoch:3}  {shown_loss}validation ROC-AUC {auc:.4f}{'  best' if best else ''}")
+        say(f"epoch {self.epoch:3}  {shown_loss}validation ROC-AUC {shown(auc)}{'  best' if best else ''}")
         save(folder / "last.pt", {**self.checkpoint(), "continuation": self.continuation()})
         self.write_the_rest(folder)
 
@@ -405,10 +405,11 @@ class Training:
         training_curves(folder / "curves.png", self.history, synthetic=self.record["synthetic"])
 
     def score(self, rows):
-        """Return the macro ROC-AUC on `rows`, over all of them at once."""
+        """Return the macro ROC-AUC on `rows`, over all of them at once; None if no tag has one."""
         with self.autocast():
             probabilities = predict(self.net, self.feeder, rows, self.settings.batch_size)
-        return float(macro(roc_auc(self.labels[torch.from_numpy(rows)].cpu().numpy(), probabilities)))
+        auc = macro(roc_auc(self.labels[torch.from_numpy(rows)].cpu().numpy(), probabilities))
+        return None if np.isnan(auc) else float(auc)
 
     def checkpoint(self):
         return {**self.record, "weights": self.net.state_dict(), "history": self.history}
@@ -449,9 +450,13 @@ class Training:
         best = load_checkpoint(folder / "best.pt")
         self.net.load_state_dict(best["weights"])
         chosen = best["history"][-1]
-        test = self.score(self.test)
-        say(f"best validation ROC-AUC {chosen['validation_roc_auc']:.4f} (epoch {chosen['epoch']}), test ROC-AUC {test:.4f}")
+        validation, test = shown(chosen["validation_roc_auc"]), shown(self.score(self.test))
+        say(f"best validation ROC-AUC {validation} (epoch {chosen['epoch']}), test ROC-AUC {test}")
         say(compare_with_paper(best))
+
+
+def shown(auc):
+    return "undefined" if auc is None else f"{auc:.4f}"
 
 
 def share_of_this_process(rows):

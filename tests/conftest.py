@@ -1,10 +1,16 @@
 """What the tests share: how a script is run, and where the optional real data lies."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from dump import N_FRAMES, N_MELS, chunk_writer, dump_lock
+from gen_spectrograms import begin_or_continue, divide, finish, plan
+from tags import read_annotations
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -30,3 +36,29 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the real annotations and clips are not beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def real_tables(shared, tmp_path):
+    """Return a folder with MagnaTagATune's own annotations and clip table."""
+    for name, stored in (("annotations_final", "tags"), ("clip_info_final", "clip_info_final")):
+        (tmp_path / f"{stored}.csv").write_bytes(gzip.decompress((shared / f"mtat/{name}.csv.gz").read_bytes()))
+    return tmp_path
+
+
+def write_dump(data, n_clips, seed=0):
+    """Write a complete dump of random spectrograms with three tags into folder `data`, and return it."""
+    rng = np.random.RandomState(seed)
+    rows = [[101 + clip, clip % 2, clip % 3 == 0, clip % 5 > 0, f"{'09cdf'[clip % 5]}/{clip}.mp3"] for clip in range(n_clips)]
+    lines = ["\t".join(map(str, (int(v) if isinstance(v, bool) else v for v in row))) for row in rows]
+    (data / "tags.csv").write_text("\n".join(["clip_id\tguitar\tflute\tslow\tmp3_path", *lines]))
+    annotations = read_annotations(data / "tags.csv")
+    with dump_lock(data):
+        begin_or_continue(data, plan(data / "tags.csv", annotations, n_chunks=3), overwrite=False)
+        chunks, _ = divide(data, n_clips, 3)
+        for chunk in chunks:
+            with chunk_writer(chunk) as (_, append):
+                for _ in range(chunk.n_clips):
+                    append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
+        finish(data, annotations, chunks)
+    return data

@@ -30,7 +30,7 @@ RNG = random.Random(0)
 CLIPS = {f"{folder}/clip{number}.mp3": RNG.randbytes(70_000) for folder in "09f" for number in range(2)}
 CLIPS["6/silent.mp3"] = b""  # as three of MagnaTagATune's are
 TABLES = {"annotations_final.csv": b"clip_id\ttag\n1\t0\n", "clip_info_final.csv": b"clip_id\ttitle\n1\tx\n"}
-UNTIL = 20  # seconds that a test waits for what has to happen
+UNTIL = 30  # seconds that a test waits for what has to happen
 
 
 def size_of(path):
@@ -39,9 +39,10 @@ def size_of(path):
 
 def make_zip(members, compression=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            member = name if isinstance(name, zipfile.ZipInfo) else zipfile.ZipInfo(name)  # the same bytes at any time
+            archive.writestr(member, content, compression)
     return buffer.getvalue()
 
 
@@ -73,7 +74,7 @@ class Client:
         return [item for name, value in options.items() for item in (f"--{name}", value)] + ["--hosts", *hosts]
 
     def run(self, *hosts, status=0, **options):
-        return self.run_script("get_data.py", *self.arguments(*hosts, **options), status=status)
+        return self.run_script("get_data.py", *self.arguments(*hosts, **options), status=status, timeout=UNTIL)
 
     def run_until(self, moment, number, *hosts):
         """Start the script, send it signal `number` once `moment()` is true; return exit status and stderr."""
@@ -309,6 +310,11 @@ def test_md5sums_without_one_of_the_files(client, server):
 def test_setting_out_of_range(wrong):
     with pytest.raises(InputError, match=f"--{next(iter(wrong))}"):
         get_data.check(get_data.Settings(**wrong))
+
+
+def test_setting_out_of_range_is_one_line(client, server):
+    assert "--timeout" in client.error(server.url, timeout=0)
+    assert not server.gets
 
 
 def test_disk_full(client, server):

@@ -1,0 +1,116 @@
+"""The network against the numbers recorded from the original program."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import ROOT
+from model import BatchDropout, ConvPool, FeatureBatchNorm, MultiScaleCNN, choose_device, initialize
+
+RECORDED = json.loads((ROOT / "tests/original.json").read_text())
+
+
+def network(dtype=torch.float32):
+    net = MultiScaleCNN(50).to(dtype)
+    initialize(net, np.random.RandomState(1337))
+    return net
+
+
+def four_clips():
+    return torch.from_numpy(np.random.RandomState(0).randn(4, 1, 128, 628).astype(np.float32))
+
+
+def probabilities(net, clips):
+    net.eval()
+    with torch.no_grad():
+        return torch.sigmoid(net(clips)).numpy()
+
+
+def test_initial_weights_are_the_originals_bit_for_bit():
+    layers = [layer for layer in network().modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    recorded = RECORDED["initial_weights"]["layers_in_draw_order"]
+    assert len(layers) == len(recorded) == 10
+    for layer, facts in zip(layers, recorded):
+        weights = layer.weight.detach().numpy()
+        original = weights[:, :, ::-1, ::-1] if weights.ndim == 4 else weights.T
+        assert list(original.shape) == facts["shape"], facts["name"]
+        assert hashlib.sha256(original.astype("<f4").tobytes()).hexdigest() == facts["sha256_float32"], facts["name"]
+        assert not layer.bias.any()
+
+
+def test_number_of_parameters():
+    assert sum(weights.numel() for weights in MultiScaleCNN(50).parameters()) == 2_936_810
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance, run", [(torch.float64, 1e-12, "float64"), (torch.float32, 1e-5, "float32")]
+)
+def test_forward_pass_equals_the_recorded_one(dtype, tolerance, run):
+    found = probabilities(network(dtype), four_clips().to(dtype))
+    assert np.abs(found - RECORDED["forward_eval"][f"probabilities_{run}_run"]).max() < tolerance
+
+
+def test_five_adam_steps_equal_the_recorded_ones():
+    choose_device("cpu")  # for its memory settings: float64 is slow enough
+    recorded = RECORDED["five_adam_steps_without_dropout"]
+    net = network(torch.float64).train()
+    net.dropout.draw_mask = torch.ones
+    clips = torch.from_numpy(np.random.RandomState(0).randn(32, 1, 128, 628).astype(np.float32)).double()
+    labels = torch.from_numpy(np.random.RandomState(1).randint(0, 2, (32, 50))).double()
+    optimizer = torch.optim.Adam(net.parameters(), 0.001, fused=True)
+    for step, expected in enumerate(recorded["losses_float64_run"], start=1):
+        loss = F.binary_cross_entropy_with_logits(net(clips), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert abs(loss.item() - expected) < 1e-7, f"step {step}"
+        if step in (1, 5):
+            for name in ("mean", "var"):
+                found = getattr(net.batch_norm, f"running_{name}")[:5].numpy()
+                expected = recorded[f"running_{name}_after_step"][f"{step}_first5"]
+                assert np.abs(found - expected).max() < 1e-6
+    found = probabilities(net, four_clips().double())
+    assert np.abs(found - recorded["probabilities_of_forward_eval_input_after_step5"]).max() < 1e-6
+
+
+def test_batch_norm_keeps_the_biased_variance():
+    features = torch.tensor([[1.0], [3.0]])
+    layer = FeatureBatchNorm(1)
+    out = layer(features)
+    assert torch.allclose(layer.running_var, torch.tensor([0.99 + 0.01 * 1.0]))
+    assert torch.allclose(layer.running_mean, torch.tensor([0.02]))
+    assert torch.allclose(out, torch.tensor([[-1.0], [1.0]]) / np.sqrt(1 + 1e-3))
+
+
+def test_pooling_before_the_relu_is_the_same_function():
+    layer = ConvPool(1, 5, kernel=(3, 7), pool=(2, 4))
+    clips = torch.randn(2, 1, 16, 30)
+    convolution, pool, relu = layer
+    assert torch.equal(layer(clips), pool(relu(convolution(clips))))
+
+
+def test_one_mask_serves_the_batch_and_keeps_six_in_ten():
+    torch.manual_seed(0)
+    mask = BatchDropout(0.6).draw_mask(100_000)
+    assert mask.shape == (100_000,)
+    assert set(mask.tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
+    assert abs((mask > 0).float().mean() - 0.6) < 0.01
+
+
+def test_equal_clips_get_equal_outputs_in_training_and_evaluation_is_deterministic():
+    net, clips = network(), four_clips()
+    clips[1] = clips[0]
+    net.train()
+    first, second, *_ = net(clips).detach()
+    assert torch.allclose(first, second, atol=1e-6)
+    assert not torch.equal(net(clips).detach()[0], first), "the mask is drawn anew each step"
+    assert np.array_equal(probabilities(net, clips), probabilities(net, clips))
+
+
+def test_the_script_prints_the_network(run_script):
+    assert "2,936,810" in run_script("model.py").stdout

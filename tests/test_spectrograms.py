@@ -1,0 +1,295 @@
+"""Spectrograms against librosa, the dump's files, bad clips, and going on after a kill."""
+
+import gzip
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+
+import gen_spectrograms
+from common import InputError
+from conftest import ROOT
+from dump import Dump, band_normalization
+from gen_spectrograms import CLIP_SAMPLES, decode, log_mel_spectrogram, mel_filters, resample
+
+SECONDS = CLIP_SAMPLES / 11025
+
+
+def tone(sample_rate, seconds, channels=1):
+    """A rising tone over noise, with a level that falls from full scale to a whisper."""
+    time = np.arange(int(sample_rate * seconds)) / sample_rate
+    noise = np.random.RandomState(0).randn(len(time)) * 0.01
+    wave = np.sin(2 * np.pi * (200 + 40 * time) * time) * 0.9 * 10 ** (-time / 10) + noise
+    return np.stack([wave * (1 - 0.5 * channel) for channel in range(channels)], axis=1)
+
+
+def exact_log_mel(samples):
+    """The original's recipe in float64, from NumPy's FFT and librosa's filters."""
+    padded = np.pad(samples.astype(np.float64), 1024, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 2048)[::512]
+    spectrum = np.fft.rfft(frames * np.hanning(2049)[:-1], axis=1)
+    filters = librosa.filters.mel(sr=11025, n_fft=2048, n_mels=128, dtype=np.float64)
+    return np.log(np.clip(filters @ (np.abs(spectrum) ** 2).T, 1e-20, np.inf))
+
+
+def librosa_log_mel(samples):
+    mel = librosa.feature.melspectrogram(y=samples, sr=11025, n_fft=2048, hop_length=512, pad_mode="reflect")
+    return np.log(np.clip(mel, 1e-20, np.inf))
+
+
+def assert_as_exact_as_librosa(path):
+    samples, _ = librosa.load(path, sr=11025)
+    exact = exact_log_mel(samples)[:, :628]
+    ours = np.abs(log_mel_spectrogram(path) - exact)
+    librosas = np.abs(librosa_log_mel(samples)[:, :628] - exact)
+    assert ours.mean() <= librosas.mean()
+    # The last digit of float32 is all that is left to differ in
+    assert ours.max() <= max(librosas.max(), np.spacing(np.float32(np.abs(exact).max())))
+
+
+def test_mel_filters_are_librosas():
+    expected = librosa.filters.mel(sr=11025, n_fft=2048, n_mels=128, dtype=np.float64)
+    assert np.abs(mel_filters() - expected).max() < 1e-14
+
+
+def test_synthetic_clip_is_as_exact_as_librosas(tmp_path):
+    soundfile.write(tmp_path / "tone.wav", tone(16000, 29.124), 16000)
+    assert log_mel_spectrogram(tmp_path / "tone.wav").shape == (128, 628)
+    assert_as_exact_as_librosa(tmp_path / "tone.wav")
+
+
+def test_real_clips_are_as_exact_as_librosas(shared):
+    clip = shared / "mtat/e/joram-moments_of_clarity-08-solipsism-59-88.mp3"
+    spectrogram = log_mel_spectrogram(clip)
+    assert spectrogram.shape == (128, 628) and spectrogram.dtype == np.float32
+    for path in [clip, *sorted(shared.glob("gtzan60/*/*.mp3"))[::12]]:
+        assert_as_exact_as_librosa(path)
+
+
+@pytest.mark.parametrize(
+    "sample_rate, channels, subtype",
+    [(44100, 2, "PCM_16"), (48000, 1, "PCM_24"), (16000, 1, "PCM_U8"), (11025, 2, "FLOAT"), (8000, 1, "PCM_16")],
+)
+def test_decoding_and_resampling_equal_librosas(tmp_path, sample_rate, channels, subtype):
+    soundfile.write(tmp_path / "a.wav", tone(sample_rate, 3, channels), sample_rate, subtype)
+    expected, _ = librosa.load(tmp_path / "a.wav", sr=11025)
+    found = resample(*decode(tmp_path / "a.wav"))
+    assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-6
+
+
+def test_long_file_is_cut_as_if_transformed_whole(tmp_path):
+    soundfile.write(tmp_path / "long.wav", tone(16000, 40), 16000)
+    samples, _ = librosa.load(tmp_path / "long.wav", sr=11025)
+    assert np.abs(log_mel_spectrogram(tmp_path / "long.wav") - exact_log_mel(samples)[:, :628]).max() < 1e-5
+
+
+def test_short_file_is_padded_with_silence_before_the_transform(tmp_path):
+    soundfile.write(tmp_path / "short.wav", tone(11025, 0.5), 11025, "FLOAT")
+    samples, _ = soundfile.read(tmp_path / "short.wav", dtype="float32")
+    expected = exact_log_mel(np.pad(samples, (0, CLIP_SAMPLES - len(samples))))
+    assert np.abs(log_mel_spectrogram(tmp_path / "short.wav") - expected).max() < 1e-5
+
+
+def write_table(data, paths):
+    rows = [f"{index}\t{index % 2}\t{1 - index % 2}\t{path}" for index, path in enumerate(paths, start=1)]
+    (data / "tags.csv").write_text("\n".join(["clip_id\tguitar\tflute\tmp3_path", *rows]) + "\n")
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """A data folder with 21 small clips, 20 of them good."""
+    for index in range(20):
+        soundfile.write(tmp_path / f"{index}.flac", tone(11025, SECONDS + 0.01 * index)[:, 0] * 0.9**index, 11025)
+    write_table(tmp_path, [f"{index}.flac" for index in range(20)] + ["missing.flac"])
+    return tmp_path
+
+
+def contents(data):
+    return {path.name: path.read_bytes() for path in data.iterdir() if path.suffix != ".flac"}
+
+
+def test_the_dump(run_script, clips):
+    done = run_script("gen_spectrograms.py", "--data", clips)
+    assert "1 bad clips" in done.stdout and "21 spectrograms" in done.stdout
+    arrays = [np.load(clips / f"spectrograms_{index}.npy") for index in range(8)]
+    assert [len(array) for array in arrays] == [3, 3, 3, 3, 3, 3, 3, 0]  # (21 - 1) // 8 + 1 a chunk
+    spectrograms = np.concatenate(arrays)
+    assert spectrograms.dtype == np.float32 and spectrograms.shape == (21, 128, 628)
+    assert np.array_equal(spectrograms[7], log_mel_spectrogram(clips / "7.flac"))
+    assert not spectrograms[20].any()
+    assert np.load(clips / "ids.npy").tolist() == list(range(1, 22))
+    assert np.load(clips / "tags.npy")[:2].tolist() == [[1, 0], [0, 1]]
+    assert np.load(clips / "tag_names.npy").tolist() == ["guitar", "flute"]
+    assert (clips / "bad_clips.csv").read_text().splitlines()[1:] == ["21,missing.flac,zero,no such file or directory"]
+
+    dump = Dump(clips)
+    assert dump.front_end == gen_spectrograms.FRONT_END
+    mean, std = band_normalization(*dump.band_sums())
+    assert np.allclose(mean, spectrograms.mean(axis=(0, 2), dtype=np.float64), rtol=1e-6)
+    assert np.allclose(std, spectrograms.std(axis=(0, 2), dtype=np.float64), rtol=1e-6)
+    out = np.empty((3, 128, 628), np.float32)
+    dump.gather(np.array([20, 0, 13]), (mean, std), out)
+    assert np.allclose(out, (spectrograms[[20, 0, 13]] - mean[:, None]) / std[:, None])
+
+
+BAD = {
+    "missing.mp3": (None, "zero", "no such file"),
+    "empty.mp3": (b"", "zero", "empty file"),
+    "text.mp3": (b"<html>404</html>" * 100, "zero", "can't be decoded"),
+    "folder.mp3": ("folder", "zero", "is a directory"),
+    "nan.wav": ("nan", "zero", "not finite"),
+    "no_samples.wav": ("none", "zero", "no audio"),
+    "../outside.wav": (None, "zero", "outside the data folder"),
+    "/etc/hostname": (None, "zero", "outside the data folder"),
+    "half_second.wav": (0.5, "padded", "0.50 s long"),
+}
+
+
+def test_every_bad_clip_has_its_outcome_and_the_run_goes_on(run_script, tmp_path):
+    for name, (content, _, _) in BAD.items():
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content == "folder":
+            path.mkdir()
+        elif content == "nan":
+            soundfile.write(path, np.full(11025 * 30, np.nan), 11025, "FLOAT")
+        elif content == "none":
+            soundfile.write(path, np.empty(0), 11025)
+        elif content:
+            soundfile.write(path, tone(11025, content), 11025)
+    soundfile.write(tmp_path / "Zoë's song é.wav", tone(16000, SECONDS, channels=2), 16000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(11025 * 30), 11025)
+    soundfile.write(tmp_path / "whole.flac", tone(11025, 30), 11025)
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:200_000])
+    good = ["Zoë's song é.wav", "silent.wav", "whole.flac"]
+    write_table(tmp_path, [*BAD, "cut.flac", *good])
+
+    done = run_script("gen_spectrograms.py", "--data", tmp_path, "--n-chunks", 2, status=1)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "9 of 13 clips are bad, more than 5%" in done.stderr
+    rows = [line.split(",", 3) for line in (tmp_path / "bad_clips.csv").read_text().splitlines()[1:]]
+    found = {path: (outcome, reason) for _, path, outcome, reason in rows}
+    for name, (_, outcome, reason) in BAD.items():
+        assert found[name][0] == outcome and reason in found[name][1], name
+    assert found["cut.flac"][0] == "zero"
+    assert not set(good) & set(found)
+    spectrograms = np.concatenate([np.load(tmp_path / f"spectrograms_{index}.npy") for index in range(2)])
+    assert np.allclose(spectrograms[-2], np.log(1e-20)), "silence is no bad clip"
+    assert np.array_equal(spectrograms[-3], log_mel_spectrogram(tmp_path / good[0]))
+
+
+def test_only_one_clip_of_magnatagatune(run_script, shared, tmp_path):
+    (tmp_path / "tags.csv").write_bytes(gzip.decompress((shared / "mtat/annotations_final.csv.gz").read_bytes()))
+    shutil.copytree(shared / "mtat/e", tmp_path / "e")
+    done = run_script("gen_spectrograms.py", "--data", tmp_path, status=1)
+    assert "25,862 of 25,863 clips are bad" in done.stderr
+    assert len((tmp_path / "bad_clips.csv").read_text().splitlines()) == 1 + 25862
+    done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path / "experiments", status=1)
+    assert "25,862 of 25,863 clips are bad" in done.stderr
+
+
+def start(data, *arguments):
+    command = [sys.executable, str(ROOT / "gen_spectrograms.py"), "--data", str(data), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, tmp_path_factory, victim):
+    reference = tmp_path_factory.mktemp("reference")
+    for path in clips.iterdir():
+        (reference / path.name).write_bytes(path.read_bytes())
+    run_script("gen_spectrograms.py", "--data", reference, "--n-chunks", 2)
+
+    process = start(clips, "--n-chunks", "2")
+    while not list(clips.glob("*.journal")) or max(os.path.getsize(path) for path in clips.glob("*.journal")) < 20:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid if victim == "parent" else children(process.pid)[0], signal.SIGKILL)
+    error = process.communicate(timeout=60)[1].decode()
+    if victim == "worker":
+        assert process.returncode == 1 and "the same command goes on" in error and "Traceback" not in error
+    with pytest.raises(InputError, match="unfinished"):
+        Dump(clips)
+    half_written = next(clips.glob("*.partial"), None)
+    if half_written:
+        with open(half_written, "ab") as file:
+            file.write(b"a clip that was cut off")
+    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 2)
+    assert contents(clips) == contents(reference)
+
+
+def test_a_damaged_partial_file_is_not_trusted(run_script, clips, tmp_path_factory):
+    process = start(clips, "--n-chunks", "1")
+    journal = clips / "spectrograms_0.journal"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    with open(clips / "spectrograms_0.npy.partial", "r+b") as file:
+        file.seek(128 + 3 * 128 * 628 * 4 + 1000)
+        file.write(b"\xff\xff")
+    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 1)
+    assert np.array_equal(np.load(clips / "spectrograms_0.npy")[3], log_mel_spectrogram(clips / "3.flac"))
+    Dump(clips).band_sums()
+
+
+def test_several_machines_divide_the_chunks(run_script, clips, tmp_path_factory):
+    assert "still needs" in run_script("gen_spectrograms.py", "--data", clips, "--chunks", "3-6,0").stdout
+    done = run_script("gen_spectrograms.py", "--data", clips, "--chunks", "1,2,7")
+    assert "21 spectrograms" in done.stdout
+    divided = contents(clips)
+    run_script("gen_spectrograms.py", "--data", clips, "--overwrite")
+    assert contents(clips) == divided
+    assert "must name chunks" in run_script("gen_spectrograms.py", "--data", clips, "--chunks", "8", status=1).stderr
+
+
+def test_a_dump_made_otherwise_is_never_mixed(run_script, clips):
+    run_script("gen_spectrograms.py", "--data", clips)
+    before = contents(clips)
+    assert "n_chunks (8 there, 4 now)" in run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 4, status=1).stderr
+    table = (clips / "tags.csv").read_text()
+    (clips / "tags.csv").write_text(table.replace("1\t1\t0", "1\t0\t0"))
+    done = run_script("gen_spectrograms.py", "--data", clips, status=1)
+    assert "annotations_sha256" in done.stderr and "--overwrite" in done.stderr
+    (clips / "tags.csv").write_text(table)
+    assert contents(clips) == before
+    (clips / "dump.json").unlink()
+    assert "without dump.json" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
+
+
+def test_a_damaged_dump_is_named(run_script, clips):
+    run_script("gen_spectrograms.py", "--data", clips)
+    for name in ("ids.npy", "tags.npy", "tag_names.npy", "mp3_paths.npy", "spectrograms_1.npy", "dump.json"):
+        original = (clips / name).read_bytes()
+        flipped = bytearray(original)
+        flipped[len(flipped) // 2] ^= 16
+        for damaged in (bytes(flipped), original[:-1], b""):
+            (clips / name).write_bytes(damaged)
+            with pytest.raises(InputError, match=name):
+                Dump(clips).band_sums()
+        (clips / name).write_bytes(original)
+    Dump(clips).band_sums()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(run_script, clips):
+    # A limit on the size of files makes write() fail as a full disk does, with another error number
+    command = f"trap '' XFSZ; ulimit -f 2000; exec {sys.executable} {ROOT}/gen_spectrograms.py --data {clips} --n-chunks 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "spectrograms_0.npy" in done.stderr
+    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 1)
+    Dump(clips).band_sums()

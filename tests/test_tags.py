@@ -1,0 +1,128 @@
+"""The annotations, the synonyms and the most frequent tags."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from common import InputError
+from conftest import ROOT
+from tags import SYNONYMS, clip_info_of, merge_synonyms, read_annotations, select_tags, top_tags
+
+TABLE = '"clip_id"\t"guitar"\t"no beat"\t"guitars"\t"mp3_path"\r\n"7"\t"0"\t"1"\t"0"\t"a/7.mp3"\r\n"3"\t"0"\t"0"\t"1"\t"b/3.mp3"\r\n'
+
+
+def written(folder, text):
+    path = folder / "tags.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_reads_magnatagatunes_format(tmp_path):
+    ids, labels, names, paths = read_annotations(written(tmp_path, TABLE))
+    assert ids.tolist() == [7, 3] and ids.dtype == np.int64
+    assert labels.tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert names == ["guitar", "no beat", "guitars"]
+    assert paths == ["a/7.mp3", "b/3.mp3"]
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\r\n", "\n"),
+        lambda text: text.replace('"', ""),
+        lambda text: text + "\r\n",
+        lambda text: text.removesuffix("\r\n"),
+    ],
+    ids=["byte-order mark", "LF", "no quotes", "empty line at the end", "no line end at the end"],
+)
+def test_accepts_what_is_harmless(tmp_path, harmless):
+    expected = read_annotations(written(tmp_path, TABLE))
+    found = read_annotations(written(tmp_path, harmless(TABLE)))
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (TABLE.replace('"1"\t"0"\t"a/7', '"0"\t"a/7'), "line 2: 4 columns, but the header has 5"),
+        (TABLE.replace('"0"\t"0"\t"1"', '"0"\t"0"\t"2"'), "line 3: 'guitars' is '2'"),
+        (TABLE.replace('"3"', '"7"'), "line 3: clip 7 is there already, on line 2"),
+        (TABLE.replace('"3"', '"x"'), "line 3: clip_id is 'x'"),
+        (TABLE.replace('"b/3.mp3"', '""'), "line 3: clip 3 has no mp3_path"),
+        (TABLE.split("\r\n", 1)[1], "line 1: no header"),
+        (TABLE.split("\r\n", 1)[0], "a header and no clips"),
+        (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a name of its own ('guitar')"),
+        (TABLE.encode() + b'"\xff\xfe"', "not a tab-separated text table"),
+        (TABLE + '"5', "not a tab-separated text table"),
+        ("", "empty"),
+    ],
+)
+def test_names_the_line_of_what_is_wrong(tmp_path, text, said):
+    path = written(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        read_annotations(path)
+    assert str(error.value).startswith(str(path)) and said in str(error.value)
+
+
+def test_merging_is_the_or_of_the_group_under_its_first_name():
+    names = ["violins", "no beat", "guitars", "female vocal", "no drums", "guitar", "female"]
+    labels = np.array([[1, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 1, 0, 1]], np.uint8)
+    merged, merged_names = merge_synonyms(labels, names)
+    assert merged_names == ["violin", "no beat", "guitar", "female vocal", "female"]
+    assert merged.tolist() == [[1, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
+    again, names_again = merge_synonyms(merged, merged_names)
+    assert names_again == merged_names and (again == merged).all()
+
+
+def test_top_tags_fall_in_count_and_keep_the_order_of_equals():
+    labels = np.array([[0, 1, 1, 0, 1], [0, 1, 1, 1, 1], [1, 0, 1, 0, 0]], np.uint8)  # counts 1 2 3 1 2
+    kept, names = top_tags(labels, ["a", "b", "c", "d", "e"], 4)
+    assert names == ["c", "b", "e", "a"]
+    assert kept.sum(axis=0).tolist() == [3, 2, 2, 1]
+    assert top_tags(labels, ["a", "b", "c", "d", "e"], 50)[1] == ["c", "b", "e", "a", "d"]
+
+
+def test_there_are_29_groups_and_no_tag_in_two():
+    names = [name for group in SYNONYMS for name in group]
+    assert len(SYNONYMS) == 29 and len(set(names)) == len(names)
+    assert "female vocal" not in names
+
+
+def test_the_real_annotations_give_the_originals_50_tags(shared, tmp_path):
+    path = written(tmp_path, gzip.decompress((shared / "mtat/annotations_final.csv.gz").read_bytes()))
+    annotations = read_annotations(path)
+    assert annotations.labels.shape == (25863, 188) and annotations.labels.sum() == 89395
+    assert len(merge_synonyms(annotations.labels, annotations.tag_names)[1]) == 135
+    labels, names = select_tags(annotations.labels, annotations.tag_names, 51, merge=True)
+    recorded = json.loads((ROOT / "tests/original.json").read_text())["top50_after_merging"]
+    found = [[name, int(count)] for name, count in zip(names, labels.sum(axis=0, dtype=int))]
+    assert found == [*recorded, ["no beat", 242]]
+    assert (~labels[:, :50].any(axis=1)).sum() == 4511
+
+
+def test_clip_info_is_found_by_id(tmp_path):
+    columns = "clip_id track_number title artist album url segmentStart segmentEnd original_url mp3_path".split()
+    rows = [["3", "1", "Song", "A", "X", "", "0", "29", "", "p"], ["7", "1", "Song", "A", "Y", "", "0", "29", "", "q"]]
+    (tmp_path / "clip_info_final.csv").write_text("\n".join("\t".join(row) for row in [columns, *rows]))
+    seven, three = clip_info_of(tmp_path, np.array([7, 3]))
+    assert seven.artist == three.artist == "A"
+    assert seven.track != three.track, "the same title on another album is another track"
+    with pytest.raises(InputError, match="lacks 1 of the 1 clips, the first of them 8"):
+        clip_info_of(tmp_path, np.array([8]))
+
+
+def test_the_script_prints_the_tags(run_script, tmp_path):
+    written(tmp_path, TABLE)
+    lines = run_script("tags.py", "--data", tmp_path).stdout.splitlines()
+    assert "2 clips, 3 tags" in lines[0]
+    assert [line.split() for line in lines[1:3]] == [["1", "guitar", "1", "50.0%"], ["2", "no", "beat", "1", "50.0%"]]
+    assert run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr.count("\n") == 1
+
+
+def test_unknown_option_and_wrong_type_are_one_line(run_script):
+    for arguments in (["--n-tgas", "3"], ["--n-tags", "three"], ["stray"]):
+        done = run_script("tags.py", *arguments, status=2)
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
