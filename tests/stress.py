@@ -35,10 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}  # one thread: the same sums in the same order
 
-import librosa
 import numpy as np
 import torch
-from http_server import Server, behave
+from http_server import Server, stop_after
+from librosa import load
+from librosa.feature import melspectrogram
 
 import gen_spectrograms
 import get_data
@@ -62,7 +63,7 @@ class Settings:
 
 REAL_MUSIC = ROOT.parent / "shared/gtzan60"  # used where it is there
 COMMANDS = {  # each runs in a folder that prepare() has filled
-    "get_data": "get_data.py --data got --md5sums md5sums.txt --hosts",  # and an address
+    "get_data": "get_data.py --data got --md5sums md5sums.txt --attempts 1000 --pause 0 --hosts",  # and an address
     "gen_spectrograms": "gen_spectrograms.py --data . --n-chunks 4",
     "trainer": "trainer.py --data music --experiments . --name tiny --resume --train-size 8 --validation-size 4 "
     "--epochs 3 --batch-size 2 --super-batch-size 4",
@@ -116,7 +117,9 @@ class Good:
         self.members = {f"{n % 16:x}/clip{n}.mp3": random.Random(n).randbytes(20_000) for n in range(80)}
         self.downloads = parts_of_archive(self.members)
         self.downloads |= {name: (self.music / ours).read_bytes() for name, ours in get_data.STORED_AS.items()}
-        self.host = serve_slowly(self.downloads)
+        server = Server(self.downloads).__enter__()  # for as long as this process lives
+        server.tricks.update((name, [stop_after(20_000)] * 100_000) for name in self.downloads)
+        COMMANDS["get_data"] += f" {server.url}"
         self.dump_files = {path.name: path.read_bytes() for path in self.music.glob("*.npy")}
         self.dump_files["dump.json"] = (self.music / "dump.json").read_bytes()
         self.dump = all_of_dump(self.music)
@@ -137,23 +140,6 @@ def parts_of_archive(members):
             archive.writestr(name, content, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[number % 2])
     third = len(joined.getvalue()) // 3 + 7
     return {part: joined.getvalue()[n * third :][:third] for n, part in enumerate(get_data.PARTS)}
-
-
-def serve_slowly(files):
-    """Start a server that sends 20 kB at a time, so that kills find files half fetched; return its address."""
-
-    def slowly(handler, content):
-        def write(content, fast=handler.wfile.write):
-            for start in range(0, len(content), 20_000):
-                fast(content[start : start + 20_000])
-                time.sleep(0.01)
-
-        handler.wfile.write = write
-        behave(handler, content)
-
-    server = Server(files).__enter__()  # for as long as this process lives
-    server.tricks.update((name, [slowly] * 100_000) for name in files)
-    return server.url
 
 
 def prepare(folder, good):
@@ -231,26 +217,218 @@ def frozen(tree):
 def kill_script(script, good, folder, settings):
     """Kill a script `settings.kills` times, comparing what there is whenever it gets to its end; return the tally."""
     rng, tally = random.Random(f"{settings.seed} {script}"), Counter()
-    command = COMMANDS[script] + (f" {good.host}" if script == "get_data" else "")
     prepare(folder, good)
     began = time.monotonic()
-    complete(folder, command)
+    complete(folder, COMMANDS[script])
     seconds, expected = time.monotonic() - began, left_in(folder)
     while tally["kills"] < settings.kills:
         prepare(folder, good)
         sessions, killed = [], True
         while killed:
-            process = start(folder, command)
+            process = start(folder, COMMANDS[script])
             sessions.append(process.pid)
             killed = tally["kills"] < settings.kills and kill_within(seconds, process, rng)
             tally["kills"] += killed
-            if not killed and finish(process) is None or outlived(sessions):
+            if not killed and (finish(process) is None or outlived(sessions)):
                 tally["hangs"] += complain(script, "it, or a worker that it left, does not end")
-            printed = (folder / "stderr.txt").read_text(errors="replace")
-            if "Traceback" in printed:
+            if "Traceback" in (printed := (folder / "stderr.txt").read_text(errors="replace")):
                 tally["differences"] += complain(script, printed)
         found = left_in(folder)
         if names := [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]:
             tally["differences"] += complain(script, f"other than undisturbed: {', '.join(names)}")
     print(f"{script}: {tally['kills']} kills in {time.monotonic() - began:.0f} s", flush=True)
     return tally
+
+
+def kill_within(seconds, process, rng):
+    """Kill a script or one of its workers; return False if it was done before, or does not end for want of a worker."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        # The later of two instants: a script begins with its imports, where a kill can spoil little.
+        process.wait(seconds * max(rng.random(), rng.random()))
+        return False
+    workers = [pid for pid in living(process.pid) if pid != process.pid]
+    end([rng.choice(workers) if workers and rng.random() < 0.5 else process.pid])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(SCRIPT_SECONDS) != 0
+    return False
+
+
+def outlived(sessions):
+    """Return whether a worker goes on long after its script was killed; if so, kill it."""
+    deadline = time.monotonic() + READER_SECONDS
+    while (left := [pid for session in sessions for pid in living(session)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    end(left)
+    return bool(left)
+
+
+def left_in(folder):
+    """Return all that a script left: {path: content}, and the last two lines that it printed."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "stderr.txt"]
+    left = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    left |= {name: frozen(torch.load(folder / name)) for name in left if name.endswith(".pt")}
+    return left | {"stdout.txt": left["stdout.txt"].splitlines()[-2:]}
+
+
+def complain(where, what):
+    print(f"FAILED {where}: {what}", flush=True)
+    return 1
+
+
+# Damage
+
+
+def damage_inputs(good, folder, settings):
+    """Return {kind: Counter} of `settings.damages` damaged inputs."""
+    tallies = {kind: Counter() for kind in READERS if settings.damages and kind in (settings.only or READERS)}
+    for number in range(settings.first, settings.first + settings.damages):
+        kind = DAMAGED[number % len(DAMAGED)]
+        if kind not in tallies:
+            continue
+        case = folder / f"{number}-{kind}"
+        prepare(case, good)
+        read, script = READERS[kind]
+        outcome = outcome_of(read, good, case, random.Random(f"{settings.seed} {number}"))
+        if outcome in ("refused", "right") and number % settings.script_every == 0:
+            outcome = outcome_of_script(script, good, case)
+        tallies[kind].update(["damaged inputs", outcome])
+        if outcome in ("refused", "right"):
+            shutil.rmtree(case)
+        else:
+            complain(case.name, f"{outcome}\n{(case / 'stderr.txt').read_text(errors='replace')}")
+    for kind, tally in tallies.items():
+        print(f"{kind}: {tally['refused']} refused, {tally['right']} right")
+    return tallies
+
+
+def outcome_of(read, good, case, rng):
+    """Return the outcome of one damaged input, in a process of its own: a C library may hang or crash."""
+    if not (child := os.fork()):
+        signal.alarm(READER_SECONDS)  # ends the process
+        resource.setrlimit(resource.RLIMIT_AS, (READER_MEMORY, READER_MEMORY))
+        os.dup2(os.open(case / "stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(2, 1)
+        try:
+            os._exit(0 if read(good, case, rng) else 2)
+        except InputError:
+            os._exit(1)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(3)
+    return OUTCOMES.get(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "tracebacks")
+
+
+def outcome_of_script(script, good, case):
+    """Return the outcome of a script that meets the damaged input."""
+    status = finish(start(case, COMMANDS[script]))
+    if status is None:
+        return "hangs"
+    if status not in (0, 1) or "Traceback" in (case / "stderr.txt").read_text(errors="replace"):
+        return "tracebacks"
+    if status == 0 and script == "evaluate" and (case / "per_tag.csv").read_bytes() != good.scores:
+        return "silent wrong answers"
+    return OUTCOMES[status]
+
+
+def spoil(path, content, other, rng):
+    """Write `content` to `path` after an accident on the way or on the disk; `other` is another such file."""
+
+    def place(length):  # anywhere, or near an end, where headers and directories are
+        near = int(length ** rng.random())
+        return rng.choice([near, length - near, rng.randrange(length)])
+
+    first, second = sorted((place(len(content)), place(len(content))))
+    zeros = bytes(rng.choice([1, 16, 512, 4096, 65536]))
+    flipped = bytearray(content)
+    for _ in range(rng.choice([1, 1, 4, 32])):
+        flipped[min(place(len(content)), len(content) - 1)] ^= 1 << rng.randrange(8)
+    accidents = [
+        flipped,
+        flipped,
+        content[:first],
+        content[:first] + content[second:],
+        content[:first] + other[place(len(other)) :],
+        content[:first] + zeros + content[first:],
+        content[:first] + zeros + content[first + len(zeros) :],
+    ]
+    path.unlink(missing_ok=True)  # it may be a link to the good file
+    path.write_bytes(rng.choice(accidents))
+
+
+def read_clip(good, case, rng):
+    spoil(case / "clip.mp3", *rng.sample(good.mp3s, 2), rng)
+    spectrogram, outcome, _ = gen_spectrograms.make_clip(case, "clip.mp3")
+    if outcome == "zero":
+        return True
+    samples, _ = load(case / "clip.mp3", sr=11025, duration=31)
+    samples = np.pad(samples, (0, max(0, 627 * 512 - len(samples))))
+    mel = melspectrogram(y=samples, sr=11025, n_fft=2048, hop_length=512, pad_mode="reflect")
+    return np.allclose(spectrogram, np.log(np.maximum(mel[:, :628], 1e-20)), rtol=0, atol=1e-4)
+
+
+def read_table(good, case, rng):
+    spoil(case / "tags.csv", rng.choice(good.tables), good.clip_info, rng)
+    found = read_annotations(case / "tags.csv")
+    for mp3_path in found.mp3_paths:
+        gen_spectrograms.make_clip(case, mp3_path)  # whatever the path is
+    text = io.StringIO((case / "tags.csv").read_bytes().decode("utf-8-sig"), newline="")
+    header, *rows = filter(None, csv.reader(text, dialect="excel-tab"))
+    expected = [(int(row[0]), [int(value) for value in row[1:-1]], row[-1]) for row in rows]
+    return ["clip_id", *found.tag_names, "mp3_path"] == header and expected == list(
+        zip(found.ids.tolist(), found.labels.tolist(), found.mp3_paths)
+    )
+
+
+def read_archive(good, case, rng):
+    """Two thirds of the archives come with MD5 sums of after the damage."""
+    data, (name, other) = case / "got", rng.sample(get_data.PARTS, 2)
+    data.mkdir()
+    for part in get_data.PARTS:
+        (data / part).write_bytes(good.downloads[part])
+    spoil(data / name, good.downloads[name], good.downloads[other], rng)
+    files = good.downloads | {name: (data / name).read_bytes()}
+    if adapted := rng.random() < 0.67:
+        write_md5sums(case / "md5sums.txt", files)
+    settings, refused = get_data.Settings(data=data, md5sums=case / "md5sums.txt"), None
+    try:
+        get_data.obtain_parts(settings, get_data.read_md5sums(settings.md5sums))
+        get_data.unpack(data)
+    except InputError as error:
+        refused = error
+    unpacked = {str(path.relative_to(data)): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    members = {name: content for name, content in unpacked.items() if name not in get_data.PARTS}
+    if refused and members.items() <= good.members.items():
+        raise refused
+    return members == good.members and (adapted or files == good.downloads)
+
+
+def read_checkpoint(good, case, rng):
+    spoil(case / "best.pt", good.best, good.last, rng)
+    checkpoint = load_checkpoint(case / "best.pt")
+    network_of(checkpoint, torch.device("cpu"))
+    return frozen(checkpoint) == good.checkpoint
+
+
+def read_dump(good, case, rng):
+    (case / "best.pt").write_bytes(good.best)  # for the script
+    name, other = rng.sample(sorted(good.dump_files), 2)
+    spoil(case / "music" / name, good.dump_files[name], good.dump_files[other], rng)
+    return all_of_dump(case / "music") == good.dump
+
+
+def all_of_dump(folder):
+    dump = Dump(folder)
+    tables = [dump.ids, dump.labels, dump.tag_names, dump.mp3_paths, dump.front_end, dump.synthetic, dump.n_bad]
+    return frozen([*tables, dump.band_sums(), *map(np.array, dump.chunks)])
+
+
+READERS = {  # of each kind of input: the function that reads it right or not, and the script
+    "mp3": (read_clip, "gen_spectrograms"),
+    "tables": (read_table, "gen_spectrograms"),
+    "archives": (read_archive, "get_data"),
+    "checkpoints": (read_checkpoint, "evaluate"),
+    "dumps": (read_dump, "evaluate"),
+}
+
+if __name__ == "__main__":
+    run(main, when_interrupted="nothing is left to go on from")

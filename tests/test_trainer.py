@@ -178,21 +178,25 @@ def without_paths(checkpoint):
     return checkpoint
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_is_bit_identical(uninterrupted, small, tmp_path, how):
-    folder, printed = uninterrupted
-    process = train(small, tmp_path)
-    while not (tmp_path / "paper/history.csv").exists() or "\n1," not in (tmp_path / "paper/history.csv").read_text():
-        assert process.poll() is None
+def stop_after_epoch(process, folder, epoch, how):
+    """Send `how` to a trainer in the epoch after `epoch`, and return what it wrote on stderr."""
+    history = folder / "history.csv"
+    while not history.exists() or f"\n{epoch}," not in history.read_text():
+        assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.01)
     time.sleep(0.2)
     process.send_signal(how)
-    _, error = process.communicate(timeout=60)
-    if how == signal.SIGINT:
-        assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+    return process.communicate(timeout=60)[1]
 
+
+def test_killed_interrupted_and_resumed_is_bit_identical(uninterrupted, small, tmp_path):
+    folder, printed = uninterrupted
+    stop_after_epoch(train(small, tmp_path), tmp_path / "paper", 0, signal.SIGKILL)
     refused = train(small, tmp_path)
     assert "--resume" in refused.communicate(timeout=60)[1] and refused.returncode == 1
+    interrupted = train(small, tmp_path, "--resume")
+    error = stop_after_epoch(interrupted, tmp_path / "paper", 1, signal.SIGINT)
+    assert interrupted.returncode == 130 and "--resume" in error and "Traceback" not in error
     resumed = train(small, tmp_path, "--resume")
     printed_then, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
@@ -297,7 +301,7 @@ def test_training_and_scoring_need_no_audio_library():
 
 
 def test_two_processes_train_as_one(small, tmp_path):
-    settings = ["--precision", "float64", "--batch-size", 3, "--epochs", 1, "--normalize-on", "train", "--overwrite"]
+    settings = ["--precision", "float64", "--train-size", 5, "--batch-size", 3, "--epochs", 1]
     alone = train(small, tmp_path / "alone", *settings)
     assert alone.wait(120) == 0, alone.stderr.read()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]

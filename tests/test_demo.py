@@ -1,0 +1,214 @@
+"""demo.py: MagnaTagATune's formats to the letter, repeatable files, and tags that can be heard."""
+
+import csv
+import gzip
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+import demo
+import tags
+from common import InputError
+from conftest import ROOT
+
+N_CLIPS, SEED = 6, 7  # one album, on which every tag is both present and absent
+INFO_COLUMNS = "clip_id track_number title artist album url segmentStart segmentEnd original_url mp3_path".split()
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    demo.render(folder, N_CLIPS, SEED)
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def sound_of(folder, row):
+    return soundfile.read(folder / row["mp3_path"])[0]
+
+
+def test_nothing_but_the_tables_the_marker_and_the_clips(rendered):
+    clips = [row["mp3_path"] for row in rows_of(rendered / "tags.csv")]
+    assert len(set(clips)) == N_CLIPS
+    assert sorted(contents(rendered)) == sorted(["SYNTHETIC.txt", "clip_info_final.csv", "tags.csv", *clips])
+    marker = (rendered / "SYNTHETIC.txt").read_text()
+    assert f"{N_CLIPS} clips" in marker and f"seed {SEED}" in marker
+
+
+@pytest.mark.parametrize("table", ["tags.csv", "clip_info_final.csv"])
+def test_tables_are_written_as_magnatagatunes(rendered, table):
+    lines = (rendered / table).read_bytes().decode().split("\r\n")
+    assert lines.pop() == "" and len(lines) == 1 + N_CLIPS
+    n_columns = lines[0].count("\t") + 1
+    for line in lines:
+        assert re.fullmatch(r'"[^"\t\n]*"(\t"[^"\t\n]*")*', line) and line.count("\t") == n_columns - 1
+
+
+def test_columns(rendered):
+    header, *_, last_column = rows_of(rendered / "tags.csv")[0]
+    assert (header, last_column) == ("clip_id", "mp3_path")
+    annotations, info = rows_of(rendered / "tags.csv"), rows_of(rendered / "clip_info_final.csv")
+    assert list(info[0]) == INFO_COLUMNS
+    for annotation, origin in zip(annotations, info, strict=True):
+        assert (annotation["clip_id"], annotation["mp3_path"]) == (origin["clip_id"], origin["mp3_path"])
+        assert set(list(annotation.values())[1:-1]) == {"0", "1"}
+        name = f"-{origin['track_number']}-.*-{origin['segmentStart']}-{origin['segmentEnd']}.mp3"
+        assert re.fullmatch("[0-9a-f]/synthetic_artist_1-synthetic_album_1" + name, origin["mp3_path"])
+        assert int(origin["segmentEnd"]) - int(origin["segmentStart"]) == 29
+
+
+def test_columns_are_those_of_the_real_tables(shared, rendered):
+    def header(file):
+        return next(csv.reader(file, delimiter="\t"))
+
+    with gzip.open(shared / "mtat" / "clip_info_final.csv.gz", "rt") as file:
+        assert header(file) == INFO_COLUMNS
+    with gzip.open(shared / "mtat" / "annotations_final.csv.gz", "rt") as file:
+        assert set(rows_of(rendered / "tags.csv")[0]) <= set(header(file))
+
+
+def test_mp3s_are_encoded_as_magnatagatunes(rendered):
+    for row in rows_of(rendered / "tags.csv"):
+        mp3 = (rendered / row["mp3_path"]).read_bytes()
+        frames = [mp3[start : start + 144] for start in range(0, len(mp3), 144)]
+        assert len(frames) == 809 and len(frames[-1]) == 144
+        for frame in frames:
+            # sync, MPEG-2, layer III; 32 kbit/s (4), 16 kHz (2), no padding; one channel (3)
+            assert frame[:2] == b"\xff\xf3" and frame[2] >> 1 == 0b0100_100 and frame[3] >> 6 == 3
+        decoded, rate = soundfile.read(rendered / row["mp3_path"])
+        assert (decoded.shape, rate) == ((465_984,), 16000)  # as the real clips: 628 frames at 11,025 Hz
+
+
+def test_a_killed_render_goes_on_to_the_same_bytes(rendered, tmp_path):
+    code = f"import demo; demo.render({str(tmp_path)!r}, {N_CLIPS}, {SEED})"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (kept := list(tmp_path.rglob("*.mp3"))) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert kept and (tmp_path / "SYNTHETIC.txt").exists() and not (tmp_path / "tags.csv").exists()
+    written = kept[0].stat().st_mtime_ns
+    demo.render(tmp_path, N_CLIPS, SEED)
+    assert kept[0].stat().st_mtime_ns == written
+    assert contents(tmp_path) == contents(rendered)
+
+
+def test_seeds_differ():
+    assert demo.list_clips(N_CLIPS, SEED) != demo.list_clips(N_CLIPS, SEED + 1)
+    clip = demo.list_clips(1, SEED)[0]
+    assert np.abs(demo.play(clip, SEED) - demo.play(clip, SEED + 1)).max() > 0.01
+
+
+def test_refusals(rendered, tmp_path):
+    before = contents(rendered)
+    for other in ((N_CLIPS, SEED + 1), (N_CLIPS + 1, SEED)):
+        with pytest.raises(InputError, match=f"^{re.escape(str(rendered))} .*delete it"):
+            demo.render(rendered, *other)
+    assert contents(rendered) == before
+    (tmp_path / "tags.csv").write_text("real")
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))} holds tags.csv .*choose"):
+        demo.render(tmp_path, N_CLIPS, SEED)
+    assert contents(tmp_path) == {"tags.csv": b"real"}
+    for impossible in ((0, SEED), (N_CLIPS, -1)):
+        with pytest.raises(InputError, match="at least 1 clip"):
+            demo.render(tmp_path / "new", *impossible)
+
+
+def test_catalogue_has_magnatagatunes_structure():
+    clips = demo.list_clips(192, SEED)
+    assert len({clip.path for clip in clips}) == 192
+
+    def part(clip):
+        return "validation" if clip.path[0] == "c" else "test" if clip.path[0] in "def" else "training"
+
+    assert {name: sum(part(clip) == name for clip in clips) for name in ("training", "validation", "test")} == {
+        "training": 144, "validation": 12, "test": 36
+    }  # fmt: skip
+    assert {part(clip) for clip in clips[:18]} == {"training", "validation", "test"}
+    folders_of_album, parts_of_artist, cuts_of_track = {}, {}, {}
+    for clip in clips:
+        track = clip.track
+        folders_of_album.setdefault((track.artist, track.album), set()).add(clip.path[0])
+        parts_of_artist.setdefault(track.artist, set()).add(part(clip))
+        cuts_of_track.setdefault((track.artist, track.album, track.number), set()).add(clip.start)
+    assert all(len(folders) == 1 for folders in folders_of_album.values())
+    assert all(len(cuts) == 2 for cuts in cuts_of_track.values())
+    assert any({"training", "test"} <= parts for parts in parts_of_artist.values())
+
+
+def test_annotators_use_every_spelling_of_what_is_heard_and_none_of_what_is_not(tmp_path):
+    clips = demo.list_clips(192, SEED)
+    demo.write_table(tmp_path / "tags.csv", demo.annotations(clips, SEED))
+    rows = rows_of(tmp_path / "tags.csv")
+    for sound, spellings in demo.SPELLINGS.items():
+        used = [tuple(tag for tag in spellings if row[tag] == "1") for row in rows]
+        assert [bool(names) for names in used] == [sound in clip.track.sounds for clip in clips]
+        assert 0.15 < np.mean([bool(names) for names in used]) < 0.65
+        assert {(tag,) for tag in spellings} | {spellings} <= set(used)  # each alone, and all at once
+
+
+def test_spellings_are_the_papers_synonyms():
+    several = {spellings for spellings in demo.SPELLINGS.values() if len(spellings) > 1}
+    assert len(several) == 10 and several <= set(tags.SYNONYMS)
+
+
+def test_every_album_has_every_tag_and_its_opposite():
+    for start in range(0, 192, N_CLIPS):
+        album = demo.list_clips(192, SEED)[start : start + N_CLIPS]
+        for sound in demo.SPELLINGS:
+            assert {sound in clip.track.sounds for clip in album} == {True, False}
+        assert not any({"slow", "fast"} <= set(clip.track.sounds) for clip in album)
+        assert not any({"quiet", "loud"} <= set(clip.track.sounds) for clip in album)
+
+
+def test_loud_is_louder_than_quiet(rendered):
+    decibels = {"loud": [], "quiet": [], "neither": []}
+    for row in rows_of(rendered / "tags.csv"):
+        loudness = "loud" if row["loud"] == "1" else "quiet" if "1" in (row["quiet"], row["silence"]) else "neither"
+        decibels[loudness].append(10 * np.log10(np.mean(sound_of(rendered, row) ** 2)))
+    assert min(decibels["loud"]) > max(decibels["neither"]) + 7 > max(decibels["quiet"]) + 14
+
+
+def test_drums_are_heard(rendered):
+    """Only a kick makes sudden rises below 60 Hz, and it does so on every beat."""
+    onsets = {True: [], False: []}
+    for row in rows_of(rendered / "tags.csv"):
+        frames = sound_of(rendered, row)[: 455 * 1024].reshape(455, 1024)  # of 64 ms
+        low = np.abs(np.fft.rfft(frames * np.hanning(1024)))[:, 1:4]  # 16 to 47 Hz, and the window's skirts
+        rises = np.diff(low.sum(axis=1)).clip(0)
+        onsets["1" in (row["drum"], row["drums"])].append(rises.sum() / np.abs(frames).sum())
+    assert min(onsets[True]) > 5 * max(onsets[False])
+
+
+@pytest.mark.parametrize("hertz", [130.81, 440, 987.77])
+@pytest.mark.parametrize("damping", [0.3, 0.01])
+def test_plucked_strings_are_in_tune(hertz, damping):
+    sound = demo.plucked_string(hertz, 2.5, damping)
+    spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 1 << 19))
+    frequencies = np.fft.rfftfreq(1 << 19, 1 / 16000)
+    near = np.abs(frequencies / hertz - 1) < 0.06  # a semitone to either side
+    cents = 1200 * np.log2(frequencies[near][spectrum[near].argmax()] / hertz)
+    assert abs(cents) < 2
+
+
+def test_fast_music_has_more_beats():
+    beats = {clip.track.tempo: len(demo.grid(clip.track)[0]) / 2 / 29.04 * 60 for clip in demo.list_clips(6, SEED)}
+    assert 40 < beats["slow"] < 60 < 80 < beats["moderate"] < 110 < 160 < beats["fast"] < 200
