@@ -51,7 +51,7 @@ SPELLINGS = {
 
 # Music
 TEMPOS = {"slow": (44, 56), "moderate": (88, 104), "fast": (168, 192)}  # beats per minute, from and to
-LEVELS = {"quiet": -36, "moderate": -25, "loud": -13}  # root mean square, dB re full scale
+LEVELS = {"quiet": -36, "moderate": -25, "loud": -13}  # root mean square before the limiter, dB re full scale
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10))  # major and minor: semitones above the key note
 PROGRESSIONS = ((0, 3, 4, 0), (0, 5, 3, 4), (0, 4, 5, 3), (0, 3, 0, 4))  # each bar's chord, as a degree of the scale
 STEPS_PER_BAR = 8  # a step is half a beat

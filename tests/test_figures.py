@@ -217,13 +217,10 @@ def test_a_long_spectrogram_keeps_its_times(tmp_path):
     assert np.isclose(loud.mean(), 6550 * 512 / 11025, atol=1) and axes.get_xlim()[1] < right
 
 
-def test_pictures_of_a_full_run_are_small_files(tmp_path):
+def test_the_largest_picture_is_a_small_file(tmp_path):
     names = [f"tag {number}" for number in range(50)]
-    scores = np.linspace(0.95, 0.75, 50)
     labels = np.random.default_rng(2).random((300, 50)) < 0.1
     probabilities = 0.5 * labels + np.random.default_rng(3).random((300, 50))
-    figures.training_curves(tmp_path / "curves.png", epochs(40))
-    figures.per_tag_roc_auc(tmp_path / "tags.png", [tag_row(name, score) for name, score in zip(names, scores)])
-    figures.tag_correlations(tmp_path / "correlations.png", names, labels.astype(np.uint8), probabilities)
-    for path in tmp_path.iterdir():
-        assert path.stat().st_size < 120_000, path.name
+    figures.tag_correlations(tmp_path / "a.png", names, labels.astype(np.uint8), probabilities)
+    assert is_drawn(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size < 120_000
