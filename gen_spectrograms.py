@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import ROOT, InputError, run, settings_from_command_line, whole_file
+from common import ROOT, InputError, keep_freed_memory, run, settings_from_command_line, whole_file
 from dump import (
     CLIP_BYTES,
     MANIFEST,
@@ -61,6 +61,7 @@ FRONT_END = {
 }
 SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
 CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
+FRAMES_AT_ONCE = 64  # stay in the cache from the window to the mel bands
 READ_SECONDS = 31  # of a longer file: more than the 628 frames and the resampler reach
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
@@ -107,17 +108,18 @@ def decode(path, seconds=None):
             n_left = sys.maxsize if seconds is None else int(seconds * file.samplerate)
             blocks = []
             while n_left > 0:  # in blocks, because a damaged header may promise any number of samples
-                block = file.read(min(n_left, 1 << 19), dtype="float32", always_2d=True)
-                if not len(block):
-                    break
+                n_wanted = min(n_left, 1 << 19)
+                block = file.read(n_wanted, dtype="float32", always_2d=True)
                 blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
                 n_left -= len(block)
+                if len(block) < n_wanted:  # asking once more would cost an mp3 as much as all before
+                    break
             sample_rate = file.samplerate
     except OSError as error:
         raise InputError(f"{path}: {error.strerror.lower()}") from error
     except soundfile.LibsndfileError as error:
         raise InputError(f"{path}: can't be decoded ({error.error_string.rstrip('.').lower()})") from error
-    samples = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+    samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     if not len(samples):
         raise InputError(f"{path}: no audio in it")
     if not np.isfinite(samples).all():
@@ -133,7 +135,8 @@ def resample(samples, sample_rate):
         return samples
     resampled = soxr.resample(samples, sample_rate, SAMPLE_RATE, quality="HQ")
     length = int(np.ceil(len(samples) * SAMPLE_RATE / sample_rate))  # librosa rounds up, soxr to the nearest
-    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
+    missing = np.zeros(max(0, length - len(resampled)), np.float32)
+    return np.concatenate([resampled[:length], missing])
 
 
 def pad_clip(samples):
@@ -150,15 +153,17 @@ def log_mel(samples, n_frames=N_FRAMES):
     import torch
 
     window, filters = _window_and_filters()
-    samples = samples[: (n_frames - 1) * HOP_LENGTH + N_FFT // 2].astype(np.float64)  # what the last frame reaches
-    padded = torch.from_numpy(np.pad(samples, N_FFT // 2, mode=FRONT_END["pad_mode"]))
-    frames = padded.unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
+    half = N_FFT // 2
+    samples = samples[: (n_frames - 1) * HOP_LENGTH + half]  # what the last frame reaches
+    reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
+    frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
     mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
-    for start in range(0, n_frames, 64):  # so many frames stay in the cache from the window to the mel bands
-        spectrum = torch.view_as_real(torch.fft.rfft(frames[start : start + 64] * window))
-        squares = spectrum.square_().flatten(1)
-        for bands, columns, weights in filters:
-            mel[start : start + 64, bands] = squares[:, columns] @ weights
+    with torch.inference_mode():
+        for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
+            spectrum = torch.fft.rfft(some_frames * window)
+            squares = torch.view_as_real(spectrum).square_().flatten(1)
+            for bands, columns, weights in filters:
+                torch.mm(squares[:, columns], weights, out=their_mel[:, bands])
     return mel.clamp_(min=FRONT_END["floor"]).log_().T.float().contiguous().numpy()
 
 
@@ -298,6 +303,7 @@ def make_chunk(chunk, mp3_paths, n_complete, slot, complain, parent):
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     torch.set_num_threads(1)
+    keep_freed_memory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # mp3 decoding comments on every damaged frame
     try:
         with chunk_writer(chunk) as (n_done, append):

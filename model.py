@@ -3,9 +3,6 @@
 Run as a script, prints the layers with the sizes of their outputs.
 """
 
-import contextlib
-import ctypes
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from common import InputError, run, settings_from_command_line
+from common import InputError, keep_freed_memory, run, settings_from_command_line
 
 
 @dataclass(frozen=True)
@@ -194,9 +191,7 @@ def _glorot_normal(rng, shape):
 def choose_device(name):
     """Return the torch.device called `name`; for "auto" a CUDA GPU, else Apple's, else the CPU.
 
-    On a CPU, also tell the C library to keep freed memory: PyTorch frees and takes back a gigabyte in each training
-    step, and having the kernel clear those pages anew costs as much time as the arithmetic. Raises InputError
-    for a device that is not there.
+    Raises InputError for a device that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -205,11 +200,8 @@ def choose_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
-    if device.type == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too ...
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

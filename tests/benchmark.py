@@ -1,8 +1,7 @@
-"""Measure speed and memory, each beside a plain baseline that takes its turns in the same run.
+"""Measure speed and memory, each speed beside a plain baseline that takes its turns in the same run.
 
-Run by hand, on a machine that does nothing else; prints a table in Markdown. Clips are real music from
-../shared/gtzan60 where that is, else demo.py's. --full-size PATH adds the rows that need a dump of MagnaTagATune's
-size, made of random numbers. --gpu measures 40 epochs on it, --profile shows where a training step's time goes.
+Run by hand, on a machine that does nothing else; prints a table in Markdown. --full-size PATH adds the rows that need
+a dump of MagnaTagATune's size. --gpu measures 40 epochs on it instead.
 """
 
 import contextlib
@@ -10,19 +9,19 @@ import gzip
 import itertools
 import multiprocessing
 import os
-import platform
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional, get_args
+from typing import Literal, Optional, get_args
 
 import numpy as np
 
@@ -34,7 +33,7 @@ from common import InputError, run, settings_from_command_line  # noqa: E402
 from dump import CLIP_BYTES, N_FRAMES, N_MELS, Dump, chunk_writer, crc_of_file, read_manifest  # noqa: E402
 from tags import annotations_path, read_annotations  # noqa: E402
 
-# torch and librosa are imported where they are used: no timed process is to start with what it does not need.
+# torch, librosa and demo are imported where they are used: no timed process is to start with what it does not need.
 
 RowName = Literal["spectrograms", "one-clip", "step", "evaluation", "memory", "full-size"]
 
@@ -44,18 +43,17 @@ class Settings:
     only: tuple[RowName, ...] = get_args(RowName)  # rows to measure; full-size needs --full-size
     rounds: int = 7  # measured of each side in turn
     clips: int = 240  # of one run of gen_spectrograms.py and of its baseline
-    full_size: Optional[Path] = None  # folder of the full-size dump; made there (8.3 GB) unless it is there
+    full_size: Optional[Path] = None  # folder of the full-size dump; random numbers (8.3 GB) if it is empty
     n_clips: int = 25863  # of that dump
-    n_steps: int = 120  # of training on it, for the memory; 94 batches are fetched ahead
-    gpu: bool = False  # measure nothing but 40 epochs on a CUDA GPU, on the dump of --full-size
-    profile: bool = False  # measure nothing; print what takes the time of a training step
-    baseline_spectrograms: Optional[Path] = None  # measure nothing; make the folder's by the original's recipe
+    n_steps: int = 100  # of training on it, for the memory; 94 batches are fetched ahead
+    gpu: bool = False  # only measure 40 epochs on a CUDA GPU, on the dump of --full-size
+    profile: bool = False  # only print what takes the time of a training step
+    baseline_spectrograms: Optional[Path] = None  # only make this folder's spectrograms by the original's recipe
 
 
-BATCH = 32  # clips
-EVALUATED = 4 * BATCH  # clips of one round
-FEW = 16  # clips of a run that is almost only start-up: two for each of the eight workers
-SYNTHETIC = "Random spectrograms, written by tests/benchmark.py to measure time and memory. Scores on them mean nothing.\n"
+SHARED = ROOT.parent / "shared"  # real clips and tags, where they are beside the checkout
+BATCH, EVALUATED = 32, 128  # clips of a step and of one round of evaluation
+SYNTHETIC = "Random spectrograms by tests/benchmark.py, to measure time and memory. Scores on them mean nothing.\n"
 
 
 def main():
@@ -64,40 +62,23 @@ def main():
         return original_spectrograms(settings.baseline_spectrograms)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         if settings.profile:
-            profile_step(Path(scratch))
-        else:
-            print_table((gpu_rows if settings.gpu else cpu_rows)(settings, Path(scratch)))
+            return profile_step(Path(scratch))
+        print_table((gpu_rows if settings.gpu else cpu_rows)(settings, Path(scratch)))
 
 
 def cpu_rows(settings, scratch):
-    measures = {
-        "spectrograms": spectrogram_rows,
-        "one-clip": one_clip_rows,
-        "step": network_rows,
-        "evaluation": network_rows,
-        "memory": memory_rows,
-        "full-size": full_size_rows,
-    }
-    chosen = dict.fromkeys(measures[name] for name in settings.only)  # the network's two rows are measured together
-    if not settings.full_size and chosen.pop(full_size_rows, False):
-        say("the full-size rows are left out: --full-size PATH names a folder for 8.3 GB")
+    measures = (spectrogram_row, one_clip_row, step_row, evaluation_row, memory_row, full_size_rows)
     rows = []
-    for measure in chosen:
-        say(f"measuring {measure.__name__.replace('_', ' ')} ...")
-        rows += measure(settings, scratch)
+    for name, measure in zip(get_args(RowName), measures):
+        if name == "full-size" in settings.only and not settings.full_size:
+            say("full-size is left out: --full-size PATH names a folder for 8.3 GB")
+        elif name in settings.only:
+            say(f"measuring {name} ...")
+            rows += measure(settings, scratch)
     return rows
 
 
-# The table
-
-
-class Row(NamedTuple):
-    what: str
-    baseline: str
-    ours: str
-    ratio: str
-    to_reach: str
-    reached: str
+# The table: rows of (what, baseline, ours, ratio, to reach, reached)
 
 
 def interleave(baseline, ours, rounds, warm_up):
@@ -105,31 +86,27 @@ def interleave(baseline, ours, rounds, warm_up):
     return np.array([(baseline(), ours()) for _ in range(warm_up + rounds)])[warm_up:].swapaxes(0, 1)
 
 
-def compare(what, unit, figures, at_least=None, at_most=None):
-    """Return the row of interleaved `figures`: (2, rounds). A limit applies to ours / baseline.
+def compare(what, unit, figures, at_least=0, at_most=np.inf):
+    """Return the row of interleaved `figures`, (2, rounds), with a limit to ours / baseline.
 
-    The ratio is the median over rounds of each round's own, so that a change of the machine's load does not bend it.
+    The ratio is the median of the rounds' own, which a change of the machine's load from round to round does not bend.
     """
-    baseline, ours = np.median(figures, axis=1)
+    baseline, ours = (f"{side:.3g} {unit}" for side in np.median(figures, axis=1))
     ratios = figures[1] / figures[0]
-    ratio, limit = np.median(ratios), at_least or at_most
-    reached = "" if not limit else "yes" if (ratio >= limit if at_least else ratio <= limit) else "NO"
-    to_reach = f"{'at least' if at_least else 'at most'} {limit}x" if limit else ""
-    spread = f"{ratio:.2f}x ({ratios.min():.2f}-{ratios.max():.2f})"
-    return Row(what, f"{baseline:.3g} {unit}", f"{ours:.3g} {unit}", spread, to_reach, reached)
+    ratio = np.median(ratios)
+    to_reach = f"at least {at_least}x" if at_least else f"at most {at_most}x"
+    reached = "yes" if at_least <= ratio <= at_most else "NO"
+    return what, baseline, ours, f"{ratio:.2f}x ({ratios.min():.2f} to {ratios.max():.2f})", to_reach, reached
 
 
 def limit(what, unit, figure, at_most):
-    return Row(what, "", f"{figure:.3g} {unit}", "", f"at most {at_most} {unit}", "yes" if figure <= at_most else "NO")
+    return what, "", f"{figure:.3g} {unit}", "", f"at most {at_most} {unit}", "yes" if figure <= at_most else "NO"
 
 
 def print_table(rows):
-    import torch
-
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo)
-    print(f"\n{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores; PyTorch {torch.__version__}\n")
-    print("| what | baseline | ours | ratio (all rounds) | to reach | reached? |\n|---|---|---|---|---|---|")
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(f"\n{cpu[1] if cpu else os.uname().machine}, {os.cpu_count()} cores\n")
+    print("| what | baseline | ours | ratio (of all rounds) | to reach | reached? |\n|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
 
@@ -149,84 +126,70 @@ def timed(function, *arguments, **options):
 
 
 def original_spectrograms(data, n_processes=8):
-    """Make the spectrograms of tags.csv in folder `data` as the original does, with today's librosa."""
-    import librosa  # noqa: F401 - once, for all the processes that are forked below
+    """Make the spectrograms of folder `data` as the original does, with today's librosa."""
+    import librosa
 
+    _ = librosa.load, librosa.feature.melspectrogram  # imported here, once, for all the processes that are forked
     mp3_paths = read_annotations(annotations_path(data)).mp3_paths
     size = (len(mp3_paths) - 1) // n_processes + 1
-    parts = [mp3_paths[start : start + size] for start in range(0, len(mp3_paths), size)]
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=original_chunk, args=(data, index, part)) for index, part in enumerate(parts)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return any(worker.exitcode for worker in workers)
+    parts = [(data, start // size, mp3_paths[start : start + size]) for start in range(0, len(mp3_paths), size)]
+    with multiprocessing.get_context("fork").Pool(n_processes) as pool:
+        pool.starmap(original_chunk, parts, chunksize=1)
 
 
 def original_chunk(data, index, mp3_paths):
     import librosa
 
-    spectrograms = []
+    spectrograms, options = [], dict(n_fft=2048, hop_length=512, n_mels=128, pad_mode="reflect")
     for mp3_path in mp3_paths:
-        samples, _ = librosa.load(data / mp3_path, sr=11025)
-        mel = librosa.feature.melspectrogram(
-            y=samples, sr=11025, n_fft=2048, hop_length=512, n_mels=128, pad_mode="reflect"
-        )
+        samples, sample_rate = librosa.load(data / mp3_path, sr=11025)
+        mel = librosa.feature.melspectrogram(y=samples, sr=sample_rate, **options)
         spectrograms.append(np.log(np.clip(mel, 1e-20, None)).astype(np.float32)[:, :N_FRAMES])
     np.save(data / f"spectrograms_{index}.npy", np.array(spectrograms))
 
 
-BASELINE_COMMAND = [sys.executable, __file__, "--baseline-spectrograms"]
-OUR_COMMAND = [sys.executable, str(ROOT / "gen_spectrograms.py"), "--data"]
+OUR_COMMAND = [sys.executable, ROOT / "gen_spectrograms.py", "--data"]
+PLAIN_COMMAND = [sys.executable, __file__, "--baseline-spectrograms"]
 
 
-def spectrogram_rows(settings, scratch):
-    # 25,863 clips pay for the start only once. So the rate is that of the clips by which a long run exceeds a short
-    # one: on both sides alike, the start, the imports and each worker's first clips cancel out.
-    few, many = FEW, FEW + settings.clips
+def spectrogram_row(settings, scratch):
+    # MagnaTagATune's 25,863 clips pay for the start only once. So the rate is that of the clips by which a long run
+    # exceeds a short one of two clips a worker: on both sides alike, imports and each worker's first clips cancel out.
+    def seconds(command):
+        for n_clips in (16, 16 + settings.clips):
+            with data_folder(scratch, n_clips) as data:
+                yield timed(subprocess.run, [*command, data], check=True, capture_output=True)
 
-    def seconds_of(command):
-        return [timed_command(command, scratch, n_clips) for n_clips in (few, many)]
-
-    seconds = interleave(lambda: seconds_of(BASELINE_COMMAND), lambda: seconds_of(OUR_COMMAND), settings.rounds, 0)
-    rates = (many - few) / (seconds[..., 1] - seconds[..., 0])
-    return [
-        compare("Spectrograms, 8 workers", "clips/s", rates, at_least=4),
-        compare(f"the same, a run of {many} clips with its start", "clips/s", many / seconds[..., 1]),
-    ]
-
-
-def timed_command(command, scratch, n_clips):
-    with data_folder(scratch, n_clips) as data:
-        return timed(subprocess.run, [*command, str(data)], check=True, capture_output=True)
+    sides = [lambda command=command: list(seconds(command)) for command in (PLAIN_COMMAND, OUR_COMMAND)]
+    measured = interleave(*sides, settings.rounds, warm_up=0)
+    start = np.median(measured[..., 0], axis=1)
+    rates = settings.clips / (measured[..., 1] - start[:, None])
+    what = f"Spectrograms, 8 workers (not counted: {start[0]:.1f} s, ours {start[1]:.1f} s, for a run of 16 clips)"
+    return [compare(what, "clips/s", rates, at_least=4)]
 
 
 @contextlib.contextmanager
 def data_folder(scratch, n_clips):
-    """Yield a data folder of `n_clips` clips: as many as there are, over and over, with ids of their own."""
+    """Yield a data folder of `n_clips` clips: those there are, over and over, with ids of their own."""
     folder, mp3_paths = find_clips(scratch)
-    data = Path(tempfile.mkdtemp(dir=scratch))
-    (data / "clips").symlink_to(folder)
-    rows = [f"{number}\t1\tclips/{path}" for number, path in zip(range(n_clips), itertools.cycle(mp3_paths))]
-    (data / "tags.csv").write_text("\n".join(["clip_id\tmusic\tmp3_path", *rows]) + "\n")
-    yield data
-    shutil.rmtree(data)
+    with tempfile.TemporaryDirectory(dir=scratch) as data:
+        (Path(data) / "clips").symlink_to(folder)
+        rows = [f"{clip}\t1\tclips/{path}" for clip, path in zip(range(n_clips), itertools.cycle(mp3_paths))]
+        (Path(data) / "tags.csv").write_text("\n".join(["clip_id\tmusic\tmp3_path", *rows, ""]))
+        yield Path(data)
 
 
 def find_clips(scratch):
-    """Return the folder and the paths of 60 clips: the real music beside the checkout, or the demo's."""
-    folder = ROOT.parent / "shared" / "gtzan60"
+    """Return the folder and the paths of 60 clips: real music from beside the checkout, or the demo's."""
+    folder = SHARED / "gtzan60"
     if not folder.is_dir():
-        folder = scratch / "demo"
-        if not folder.is_dir():
-            from demo import render
+        from demo import render
 
-            render(folder, 60)
+        render(folder := scratch / "demo", 60)  # only once, however often it is called
     return folder, read_annotations(annotations_path(folder)).mp3_paths
 
 
-def one_clip_rows(settings, scratch):
+def one_clip_row(settings, scratch):
     import soundfile
     import torch
 
@@ -239,68 +202,51 @@ def one_clip_rows(settings, scratch):
         rounds=settings.rounds * len(mp3_paths),
         warm_up=2,
     )
-    return [compare("One clip, one thread; decoding alone", "ms", 1000 * seconds, at_most=2.3)]
+    return [compare("One clip, one thread; baseline: its decoding", "ms", 1000 * seconds, at_most=2.3)]
 
 
-def memory_rows(settings, scratch):
+def memory_row(settings, scratch):
     with data_folder(scratch, settings.clips) as data:
-        with subprocess.Popen([*OUR_COMMAND, data], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            with peak_of(proportional_memory, process.pid) as peak:
-                if process.wait():
-                    raise InputError(f"gen_spectrograms.py ended with status {process.returncode}")
-    what = "Peak memory of gen_spectrograms.py, its workers and libraries (PSS: shared pages once)"
-    return [limit(what, "GB", max(peak) / 1e9, at_most=2)]
+        _, peak, _ = watch([*OUR_COMMAND, data], "smaps_rollup", "Pss")
+    what = "Peak resident memory of gen_spectrograms.py and its workers (PSS: a page that they share counts once)"
+    return [limit(what, "GB", peak / 1e9, at_most=2)]
 
 
-# The network: each side in a long-lived process of its own, because ours tells the C library to keep freed memory
+# The network. Each side lives in a process of its own, because ours tells the C library to keep freed memory.
 
 
-def network_rows(settings, scratch):
-    data = scratch / "tiny"
-    make_dump(data, 2 * BATCH + EVALUATED)
-    with side(plain_side, data) as plain, side(our_side, data) as ours:
-
-        def rates(what, amount):
-            figures = interleave(lambda: plain(what), lambda: ours(what), settings.rounds, warm_up=2)
-            return amount / figures
-
-        rows = {
-            "step": lambda: compare("Training step, 32 clips, CPU, float32", "steps/s", rates("step", 1), at_least=2),
-            "evaluation": lambda: compare("Evaluation, CPU", "clips/s", rates("evaluation", EVALUATED), at_least=2.5),
-        }
-        return [measure() for name, measure in rows.items() if name in settings.only]
+def step_row(settings, scratch):
+    seconds = seconds_of_network("step", settings.rounds, scratch)
+    return [compare("Training step, 32 clips, CPU, float32", "steps/s", 1 / seconds, at_least=2)]
 
 
-@contextlib.contextmanager
-def side(prepare, data):
-    """Start a process that knows `prepare(data)`, {what: function}; yield a function of `what` that times it there."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(prepare, data, theirs), daemon=True)
-    process.start()
-    theirs.close()  # so that its death ends the waiting below
-
-    def measure(what):
-        time.sleep(0.3)  # the other side's idle threads may spin for a moment
-        ours.send(what)
-        return ours.recv()
-
-    try:
-        yield measure
-    finally:
-        process.terminate()
-        process.join()
+def evaluation_row(settings, scratch):
+    seconds = seconds_of_network("evaluation", settings.rounds, scratch)
+    return [compare("Evaluation, CPU, float32", "clips/s", EVALUATED / seconds, at_least=2.5)]
 
 
-def serve(prepare, data, pipe):
-    sys.stdout = open(os.devnull, "w")  # the trainer's notes on the tiny dump
-    functions = prepare(data)
-    while True:
-        pipe.send(timed(functions[pipe.recv()]))
+def seconds_of_network(what, rounds, scratch):
+    data, new = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED), multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, new, initializer=prepare, initargs=(plain_side, what, data)) as plain,
+        ProcessPoolExecutor(1, new, initializer=prepare, initargs=(our_side, what, data)) as ours,
+    ):
+        return interleave(lambda: plain.submit(measure).result(), lambda: ours.submit(measure).result(), rounds, 2)
+
+
+def prepare(side, what, data):
+    global prepared
+    sys.stdout = sys.stderr  # the trainer's notes on the tiny dump are no part of the table
+    prepared = side(data)[what]
+
+
+def measure():
+    time.sleep(0.3)  # threads of the other side may spin for a moment after their work
+    return timed(prepared)
 
 
 def our_side(data, device="cpu", precision="float32"):
-    """The trainer's own step, and the tagger's own prediction with the clips read from the dump."""
+    """Return the trainer's own step, and the tagger's own prediction, which reads its clips from the dump."""
     from model import choose_device
     from tagger import predict
     from trainer import Settings, Training
@@ -319,12 +265,12 @@ def our_side(data, device="cpu", precision="float32"):
 
 
 def plain_side(data):
-    """The same network as anyone would first write it in PyTorch, with its clips ready in memory."""
+    """Return the same for the network as anyone would first write it, with its clips ready in memory."""
     import torch
     import torch.nn.functional as F
 
     net = plain_network()
-    optimizer = torch.optim.Adam(net.parameters(), 0.001, foreach=False, fused=False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.001, foreach=False, fused=False)
     clips, labels = torch.randn(BATCH, 1, N_MELS, N_FRAMES), (torch.rand(BATCH, 50) < 0.07).float()
 
     def step():
@@ -348,241 +294,170 @@ def plain_network():
     import torch
     from torch import nn
 
-    def conv(channels_in, channels_out, kernel, pool=None):
-        padding = (kernel[0] // 2, kernel[1] // 2)
-        layers = [nn.Conv2d(channels_in, channels_out, kernel, padding=padding), nn.ReLU()]
-        return nn.Sequential(*layers, nn.MaxPool2d(pool)) if pool else nn.Sequential(*layers)
+    def conv(channels_in, channels_out, height, width, *pool):
+        padding = (height // 2, width // 2)
+        return nn.Sequential(nn.Conv2d(channels_in, channels_out, (height, width), padding=padding), nn.ReLU(), *pool)
 
     class PlainCNN(nn.Module):
         def __init__(self):
             super().__init__()
             self.subsample = nn.AvgPool2d((2, 4))
-            self.branch1 = nn.Sequential(
-                conv(1, 50, (3, 7), (2, 4)), conv(50, 100, (3, 5), (2, 4)), conv(100, 70, (3, 3), (2, 2))
-            )
-            self.branch2 = nn.Sequential(conv(1, 100, (3, 5), (2, 4)), conv(100, 70, (3, 3), (2, 2)))
-            self.branch3 = conv(1, 70, (3, 3), (2, 2))
-            self.joined = nn.Sequential(conv(210, 70, (3, 3)), conv(70, 70, (3, 3), (2, 2)), nn.Flatten())
-            self.top = nn.Sequential(
-                nn.BatchNorm1d(5040, eps=0.001, momentum=0.01),
-                nn.Dropout(0.4),
-                nn.Linear(5040, 500),
-                nn.ReLU(),
-                nn.Linear(500, 50),
-            )
+            wide, small = nn.MaxPool2d((2, 4)), nn.MaxPool2d((2, 2))
+            self.branch1 = nn.Sequential(conv(1, 50, 3, 7, wide), conv(50, 100, 3, 5, wide), conv(100, 70, 3, 3, small))
+            self.branch2 = nn.Sequential(conv(1, 100, 3, 5, wide), conv(100, 70, 3, 3, small))
+            self.branch3 = conv(1, 70, 3, 3, small)
+            self.joined = nn.Sequential(conv(210, 70, 3, 3), conv(70, 70, 3, 3, small), nn.Flatten())
+            self.regularized = nn.Sequential(nn.BatchNorm1d(5040, eps=0.001, momentum=0.01), nn.Dropout(0.4))
+            self.top = nn.Sequential(nn.Linear(5040, 500), nn.ReLU(), nn.Linear(500, 50))
 
         def forward(self, clips):
             half = self.subsample(clips)
             quarter = self.subsample(half)
             branches = self.branch1(clips), self.branch2(half), self.branch3(quarter)
-            return self.top(self.joined(torch.cat(branches, dim=1)))
+            return self.top(self.regularized(self.joined(torch.cat(branches, dim=1))))
 
     return PlainCNN()
 
 
 def profile_step(scratch):
-    """Print torch.profiler's table of the third training step on the CPU and, if there is one, on a CUDA GPU."""
+    """Print torch.profiler's table of the third training step, on the CPU and on a CUDA GPU if there is one."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
-    make_dump(scratch / "tiny", 2 * BATCH + EVALUATED)
-    machines = [("cpu", "float32"), *([("cuda", "bfloat16")] if torch.cuda.is_available() else [])]
-    for device, precision in machines:
-        step = our_side(scratch / "tiny", device, precision)["step"]
+    data = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED)
+    for device, precision in (("cpu", "float32"), ("cuda", "bfloat16"))[: 1 + torch.cuda.is_available()]:
+        step = our_side(data, device, precision)["step"]
         for _ in range(2):
             step()
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-        with profile(activities=activities) as profiler:
+        with torch.profiler.profile() as profiler:  # of all there is, CPU and GPU
             step()
-        print(f"\none training step, {device}, {precision}")
-        print(profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15, max_name_column_width=40))
+        print(profiler.key_averages().table(f"self_{device}_time_total", 15, max_name_column_width=40))
 
 
-# A dump of MagnaTagATune's size
+# The real trainer on a dump of MagnaTagATune's size
+
+
+def full_size_rows(settings, scratch):
+    moments = {
+        "clips read": r"^schedule ",
+        "validated": r"^epoch +0  ",
+        "first step": r"^epoch 1: .*loss=",
+        "enough": rf"^epoch 1: .* {settings.n_steps}/\d+ \[",
+    }
+    command = trainer_command(settings, scratch, "--device", "cpu")
+    at, peak, _ = watch(command, "status", "RssAnon|RssShmem", moments, stop="enough")
+    validation = at["validated"] - at["clips read"]
+    start = f"Start of trainer.py on {settings.n_clips:,} clips in the file cache, until"
+    last = f"{start} its first step is done, less the validation before it ({validation:.1f} s)"
+    return [
+        limit(f"{start} all are read and checked", "s", at["clips read"], at_most=20),
+        limit(last, "s", at["first step"] - validation, at_most=20),
+        limit(f"Its peak anonymous memory, up to step {settings.n_steps}", "GB", peak / 1e9, at_most=3),
+    ]
+
+
+def gpu_rows(settings, scratch):
+    """40 epochs, validations included, in either precision, with and without --compile."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("--gpu: no CUDA GPU here, or a PyTorch that was built without CUDA")
+    rows, moments = [], {"start": r"^epoch +0  ", "end": r"^epoch +40  ", "test": "^best "}
+    for (precision, seconds), compiled in itertools.product((("bfloat16", 60), ("float32", 150)), ([], ["--compile"])):
+        options = ["--precision", precision, *compiled]
+        at, _, text = watch(trainer_command(settings, scratch, "--overwrite", *options), "status", "RssAnon", moments)
+        say("\n".join([*options, *re.findall(r"^(?:epoch +\d+  |best).*", text, re.MULTILINE)]))
+        what = f"40 epochs, {torch.cuda.get_device_name()}, {' '.join(options)}"
+        not_counted = f"(not counted: start and first validation, {at['start']:.1f} s)"
+        rows.append(limit(f"{what} {not_counted}", "s", at["end"] - at["start"], at_most=seconds))
+    return rows
+
+
+def trainer_command(settings, scratch, *options):
+    """Return the command that trains on the full-size dump, whose files are then in the cache, if memory allows."""
+    if not settings.full_size:
+        raise InputError("--full-size PATH is missing: the folder of a full-size dump, or an empty one for 8.3 GB")
+    for file in make_dump(settings.full_size, settings.n_clips).glob("*.npy"):
+        crc_of_file(file)
+    return [sys.executable, ROOT / "trainer.py", "--data", settings.full_size, "--experiments", scratch, *options]
+
+
+def watch(command, file, fields, moments=(), stop=None):
+    """Run `command`; return (seconds from its start to each moment, its peak memory in bytes, what it printed).
+
+    `moments` are {name: regular expression}: a moment is when the output first matches. At the one called `stop`,
+    the process is interrupted as by Ctrl-C. Memory is the sum of `fields` in /proc/<pid>/<file>, every 50 ms.
+    """
+    started, at, text, peak = time.perf_counter(), {}, "", 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while stop not in at:
+            if select.select([process.stdout], [], [], 0.05)[0]:
+                if not (block := os.read(process.stdout.fileno(), 1 << 16)):
+                    break
+                text += block.decode(errors="replace").replace("\r", "\n")  # a progress bar's updates become lines
+                new = (name for name in moments if name not in at and re.search(moments[name], text, re.MULTILINE))
+                at.update(dict.fromkeys(list(new), time.perf_counter() - started))
+            peak = max(peak, memory(process.pid, file, fields))
+        if stop in at:
+            process.send_signal(signal.SIGINT)
+    if len(at) < len(moments) or (process.returncode and not stop):
+        raise InputError(f"{command[1]} ended too early: {text.strip().splitlines()[-1:]}")
+    return at, peak, text
+
+
+def memory(pid, file, fields):
+    """Return the sum of `fields` over a process and its children, in bytes; 0 if one of them ends meanwhile."""
+    with contextlib.suppress(OSError):
+        pids = [pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        texts = "".join(Path(f"/proc/{each}/{file}").read_text() for each in pids)
+        return 1024 * sum(map(int, re.findall(rf"^(?:{fields}):\s+(\d+) kB", texts, re.MULTILINE)))
+    return 0
 
 
 def make_dump(data, n_clips):
-    """Make a dump of random clips in folder `data` through the project's own writer, unless it is there."""
+    """Make a dump of random clips in folder `data` with the project's writer, unless one is there; return `data`."""
     manifest = read_manifest(data)
     if manifest and manifest["complete"]:
         if manifest["n_clips"] != n_clips:
             raise InputError(f"{data}: holds a dump of {manifest['n_clips']:,} clips, not {n_clips:,}")
-        return
+        return data
     claim(data, n_clips)
-    if not (data / "tags.csv").exists():
-        write_tables(data, n_clips)
     annotations = read_annotations(data / "tags.csv")
     gen_spectrograms.begin_or_continue(data, gen_spectrograms.plan(data / "tags.csv", annotations, 8), overwrite=False)
     chunks, _ = gen_spectrograms.divide(data, n_clips, 8)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         pool.map(write_random_chunk, [chunk for chunk in chunks if not chunk.is_complete()], chunksize=1)
-    gen_spectrograms.finish(data, annotations, chunks)
+    with contextlib.redirect_stdout(sys.stderr):
+        gen_spectrograms.summarise(data, gen_spectrograms.finish(data, annotations, chunks), chunks)
+    return data
 
 
 def claim(data, n_clips):
-    """Mark `data` as a folder of random numbers, after making sure that nothing else is in it and that they fit."""
+    """Write tags.csv and SYNTHETIC.txt to `data`, an empty folder or one that an interrupted call left."""
     data.mkdir(parents=True, exist_ok=True)
-    marker = data / "SYNTHETIC.txt"
-    if marker.exists():
-        ours = marker.read_text(encoding="utf-8") == SYNTHETIC
-    else:
-        ours = not any(data.iterdir())
-    if not ours:
-        raise InputError(f"{data}: holds other files and no complete dump; name an empty folder")
-    there = sum(file.stat().st_size for file in data.glob("spectrograms_*"))
-    needed, free = n_clips * CLIP_BYTES - there, shutil.disk_usage(data).free
-    if needed > 1e9:
-        say(f"{needed / 1e9:.1f} GB will be written to {data} ({free / 1e9:.0f} GB are free)")
-    if needed > 0.95 * free:
-        raise InputError(f"{data}: {needed / 1e9:.1f} GB are needed, and only {free / 1e9:.1f} GB are free")
-    marker.write_text(SYNTHETIC, encoding="utf-8")
+    marker, real = data / "SYNTHETIC.txt", SHARED / "mtat" / "annotations_final.csv.gz"
+    if any(data.iterdir()) and not (marker.exists() and marker.read_text() == SYNTHETIC):
+        raise InputError(f"{data}: holds something, and no complete dump; name an empty folder")
+    needed, free = n_clips * CLIP_BYTES, shutil.disk_usage(data).free
+    say(f"{needed / 1e9:.2f} GB of random spectrograms will be in {data} ({free / 1e9:.1f} GB are free)")
+    if needed - sum(file.stat().st_size for file in data.glob("spectrograms_*")) > 0.95 * free:
+        raise InputError(f"{data}: too little room; make some, or name a folder on another disk")
+    marker.write_text(SYNTHETIC)
+    if real.exists():
+        (data / "tags.csv").write_bytes(b"".join(gzip.decompress(real.read_bytes()).splitlines(True)[: n_clips + 1]))
+    else:  # tags as a demo of that size would have
+        import demo
 
-
-def write_tables(data, n_clips):
-    """Write the first rows of MagnaTagATune's own tables, where they lie beside the checkout; else random tags."""
-    real = ROOT.parent / "shared" / "mtat"
-    if real.is_dir():
-        for name, source in (("clip_info_final.csv", "clip_info_final"), ("tags.csv", "annotations_final")):
-            lines = gzip.decompress((real / f"{source}.csv.gz").read_bytes()).splitlines(keepends=True)
-            (data / name).write_bytes(b"".join(lines[: n_clips + 1] if name == "tags.csv" else lines))
-        return
-    rng = np.random.default_rng(1337)
-    prevalence = np.geomspace(0.19, 0.01, 50)  # of MagnaTagATune's most frequent tag and its fiftieth
-    labels = (rng.random((n_clips, 50)) < prevalence).astype(int).astype(str)
-    rows = [[f"{i + 1}", *tags, f"{i % 16:x}/{i + 1}.mp3"] for i, tags in enumerate(labels)]
-    header = ["clip_id", *(f"tag {rank}" for rank in range(1, 51)), "mp3_path"]
-    (data / "tags.csv").write_text("".join("\t".join(row) + "\n" for row in [header, *rows]), encoding="utf-8")
+        demo.write_table(data / "tags.csv", demo.annotations(demo.list_clips(n_clips, seed=1337), seed=1337))
 
 
 def write_random_chunk(chunk):
     """Write clips that fall from -2 to -12 over the mel bands, with noise of deviation 2: one block, rolled."""
     rng = np.random.default_rng(zlib.crc32(chunk.file.name.encode()))
-    envelope = np.linspace(-2, -12, N_MELS)[:, None]
-    block = rng.normal(envelope, 2, (N_MELS, N_FRAMES)).astype(np.float32)
+    block = rng.normal(np.linspace(-2, -12, N_MELS)[:, None], 2, (N_MELS, N_FRAMES)).astype(np.float32)
     with chunk_writer(chunk) as (n_done, append):
         for _ in range(n_done, chunk.n_clips):
             append(np.roll(block, rng.integers(N_FRAMES), axis=1) + np.float32(rng.normal()))
 
 
-def full_size_rows(settings, scratch):
-    data = full_size_dump(settings)
-    moments = {
-        "clips read": r"^schedule ",
-        "validated": r"^epoch   0  ",
-        "first step": r"^epoch 1: .*loss=",
-        "enough": rf"^epoch 1: .* {settings.n_steps}/\d+ \[",
-    }
-    arguments = ["--data", data, "--experiments", scratch, "--name", "full-size", "--device", "cpu"]
-    at, peak, _ = watch_trainer(arguments, moments, stop="enough")
-    validation = at["validated"] - at["clips read"]
-    what = (
-        f"Start of trainer.py to the end of its first step, without the validation in between ({validation:.1f} s); "
-        f"dump of {settings.n_clips:,} clips, in the file cache"
-    )
-    memory = f"Peak memory of trainer.py on it (anonymous), up to step {settings.n_steps}"
-    return [
-        limit("of that, start to the first validation", "s", at["clips read"], at_most=20),
-        limit(what, "s", at["first step"] - validation, at_most=20),
-        limit(memory, "GB", peak / 1e9, at_most=3),
-    ]
-
-
-def full_size_dump(settings):
-    """Return the folder of the full-size dump, which is then complete and, where memory allows, in the file cache."""
-    if not settings.full_size:
-        raise InputError("--full-size PATH is needed too: a folder for 8.3 GB of spectrograms, or with them")
-    make_dump(settings.full_size, settings.n_clips)
-    for file in settings.full_size.glob("*.npy"):
-        crc_of_file(file)
-    return settings.full_size
-
-
-def gpu_rows(settings, scratch):
-    """40 epochs in either precision, with and without --compile: training and validation, but not the start."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError("no CUDA GPU here (or a PyTorch that was built without CUDA)")
-    data, gpu = full_size_dump(settings), torch.cuda.get_device_name()
-    rows = []
-    for precision, compiled in itertools.product(("bfloat16", "float32"), (False, True)):
-        name = precision + ", compiled" * compiled
-        say(f"40 epochs in {name} ...")
-        arguments = ["--data", data, "--experiments", scratch, "--name", name, "--precision", precision]
-        arguments += ["--compile"] * compiled
-        moments = {"start": r"^epoch   0  ", "end": r"^epoch  40  "}
-        at, _, text = watch_trainer(arguments, moments)
-        say("\n".join(re.findall(r"^(?:epoch +\d+  |best).*", text, re.MULTILINE)))
-        what = f"40 epochs on {gpu}, {name} (start-up and first validation, not counted: {at['start']:.1f} s)"
-        rows.append(limit(what, "s", at["end"] - at["start"], at_most={"bfloat16": 60, "float32": 150}[precision]))
-    return rows
-
-
-def watch_trainer(arguments, moments, stop=None):
-    """Run trainer.py; return (seconds from its start to each moment, its peak anonymous memory, what it printed).
-
-    `moments` are {name: regular expression}; a moment is when the output first matches. At the one called `stop`
-    the trainer is interrupted as by Ctrl-C.
-    """
-    started = time.perf_counter()
-    command = [sys.executable, ROOT / "trainer.py", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    at, text = {}, ""
-    with process, peak_of(anonymous_memory, process.pid) as peak:
-        try:
-            while stop not in at and (block := os.read(process.stdout.fileno(), 1 << 16)):
-                text += block.decode(errors="replace").replace("\r", "\n")  # progress bars return to the line's start
-                for name, pattern in moments.items():
-                    if name not in at and re.search(pattern, text, re.MULTILINE):
-                        at[name] = time.perf_counter() - started
-        finally:
-            process.send_signal(signal.SIGINT)  # nothing happens if it has ended
-    if at.keys() != moments.keys():
-        raise InputError(f"trainer.py ended too early: {text.strip().splitlines()[-1]}")
-    return at, max(peak), text
-
-
-# Memory
-
-
-@contextlib.contextmanager
-def peak_of(measure, pid):
-    """Sample `measure(pid)` every 50 ms meanwhile; yield the list that the samples go to."""
-    samples, ended = [0], threading.Event()
-
-    def sample():
-        while not ended.wait(0.05):
-            samples.append(measure(pid))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        ended.set()
-        thread.join()
-
-
-def proportional_memory(pid):
-    """Return the bytes of memory of a process and its children; a page that n of them share counts 1/n in each."""
-    with contextlib.suppress(OSError):  # it may end at any time
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return sum(kilobytes(f"/proc/{each}/smaps_rollup", "Pss") for each in (pid, *children)) * 1024
-    return 0
-
-
-def anonymous_memory(pid):
-    """Return the bytes of memory of a process that are no file's: its own, which the kernel can't drop at need."""
-    return kilobytes(f"/proc/{pid}/status", "RssAnon|RssShmem") * 1024
-
-
-def kilobytes(path, names):
-    """Return the sum of the fields called `names` in a file of the kernel's; 0 if the process has ended."""
-    try:
-        return sum(map(int, re.findall(rf"^(?:{names}):\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)))
-    except OSError:
-        return 0
-
-
 if __name__ == "__main__":
-    run(main, when_interrupted="nothing was kept but the full-size dump, which the same command completes")
+    run(main, when_interrupted="the full-size dump is kept as far as it got, and the same command completes it")

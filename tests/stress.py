@@ -1,9 +1,8 @@
 """Kill the long scripts at random instants, and give every reader damaged files. Run by hand; pytest leaves it alone.
 
-Kills: get_data.py, gen_spectrograms.py and trainer.py --resume, or one of their workers, are killed and started anew
-with the same command until they are done. What they leave has to be what an undisturbed run leaves.
-Damage: a file with flipped bits, lost or foreign pieces, or zeros has to be refused in one line, or read as an
-independent reader reads it. Whatever fails stays in the folder that the last line names.
+A script, or one of its workers, is killed and started anew with the same command until it is done. What it leaves has
+to be what an undisturbed run leaves. A file with flipped bits, lost or foreign pieces, or zeros has to be refused in
+one line, or read as an independent reader reads it. Whatever fails stays in the folder that the last line names.
 
     python tests/stress.py                                      everything, in about half an hour
     python tests/stress.py --kills 0 --damages 1 --first 417    damaged input 417 once more
@@ -15,7 +14,6 @@ import hashlib
 import io
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -56,7 +54,6 @@ class Settings:
 
 
 KILLED = ("get_data", "gen_spectrograms", "trainer")
-DAMAGED = 6 * ["mp3"] + 5 * ["tables"] + 3 * ["archives"] + 4 * ["checkpoints"] + 2 * ["dumps"]  # of twenty inputs
 THROUGH_SCRIPT = 49  # one damaged input in so many goes through its script as well
 COMMANDS = {  # each runs in a copy of Good's folder "inputs"
     "get_data": "get_data.py --data got --md5sums md5sums.txt --attempts 1000 --pause 0 --hosts",  # and an address
@@ -67,7 +64,6 @@ COMMANDS = {  # each runs in a copy of Good's folder "inputs"
 }
 REAL_MUSIC = ROOT.parent / "shared/gtzan60"  # used where it is there
 SCRIPT_SECONDS, READER_SECONDS = 120, 30  # more is a hang
-READER_MEMORY = 1 << 34  # bytes of address space: a damaged length must not take all there is
 OUTCOMES = {0: "right", 1: "refused", 2: "silent wrong answers", -signal.SIGALRM: "hangs"}  # others are tracebacks
 
 
@@ -103,30 +99,267 @@ class Good:
         self.music, self.inputs = folder / "demo", folder / "inputs"
         self.mp3s = sorted([*self.music.rglob("*.mp3"), *REAL_MUSIC.rglob("*.mp3")])
         self.tables = [self.music / "tags.csv", *REAL_MUSIC.glob("annotations_final.csv")]
-        self.dump, self.dump_files = all_of_dump(self.music), ["dump.json", *self.music.glob("*.npy")]
-        self.members = {f"{n % 16:x}/clip{n}.mp3": random.Random(n).randbytes(20_000) for n in range(80)}
-        self.downloads = cut_archive(self.members)
-        self.downloads |= {name: (self.music / ours).read_bytes() for name, ours in get_data.STORED_AS.items()}
-        server = Server(self.downloads).__enter__()  # for as long as this process lives
-        server.tricks.update((name, [stop_after(100_000)] * 100_000) for name in self.downloads)
-        COMMANDS["get_data"] += f" {server.url}"
+        self.dump = all_of_dump(self.music)
+        self.serve()
         self.fill_inputs()
         shutil.copytree(self.inputs, folder / "run", symlinks=True)
         complete(folder / "run", COMMANDS["trainer"])
-        self.best, self.last = (folder / "run/tiny" / name for name in ("best.pt", "last.pt"))
-        self.checkpoint = frozen(torch.load(self.best))
+        self.best = folder / "run/tiny/best.pt"
         (self.inputs / "best.pt").symlink_to(self.best)
-        complete(self.inputs, COMMANDS["evaluate"])
+        complete(folder / "run", COMMANDS["evaluate"].replace("best.pt", "tiny/best.pt"))
+        self.checkpoint, self.scores = frozen(torch.load(self.best)), (folder / "run/tiny/per_tag.csv").read_bytes()
+
+    def serve(self):
+        """Start a host, for as long as this process lives, that drops connections, so that a download takes a while."""
+        self.members = {f"{n % 16:x}/clip{n}.mp3": random.Random(n).randbytes(20_000) for n in range(200)}
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            for n, (name, content) in enumerate(self.members.items()):
+                file.writestr(name, content, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[n % 2])
+        third = len(archive.getvalue()) // 3 + 7  # the cuts go through clips
+        self.downloads = {part: archive.getvalue()[n * third :][:third] for n, part in enumerate(get_data.PARTS)}
+        self.downloads |= {name: (self.music / ours).read_bytes() for name, ours in get_data.STORED_AS.items()}
+        server = Server(self.downloads).__enter__()
+        server.tricks.update((name, [stop_after(100_000)] * 100_000) for name in self.downloads)
+        COMMANDS["get_data"] += f" {server.url}"
 
     def fill_inputs(self):
         """Fill the folder of what the scripts need. Of its clips some are bad, too few for an error."""
-        (self.inputs / "music").mkdir(parents=True)
-        for path in self.music.iterdir():
-            (self.inputs / "music" / path.name).symlink_to(path)
+        shutil.copytree(self.music, self.inputs / "music", copy_function=os.symlink)
         write_md5sums(self.inputs / "md5sums.txt", self.downloads)
         (self.inputs / "clip.mp3").write_bytes(self.mp3s[0].read_bytes()[:50_000])
         (self.inputs / "empty.mp3").touch()
-        clips = sorted(f"music/{path.relative_to(self.music)}" for path in self.music.rglob("*.mp3"))
+        clips = sorted(str(path.relative_to(self.inputs)) for path in self.inputs.glob("music/?/*.mp3"))
         paths = [*clips, "clip.mp3", "missing.mp3", *clips, "empty.mp3", "clip.mp3", *clips[:6]]
         rows = [f"{number}\t{number % 2}\t{path}\n" for number, path in enumerate(paths)]
         (self.inputs / "tags.csv").write_text("clip_id\tguitar\tmp3_path\n" + "".join(rows))
+
+
+def write_md5sums(path, files):
+    files = files | {get_data.ARCHIVE: b"".join(files[part] for part in get_data.PARTS)}
+    path.write_text("".join(f"{hashlib.md5(content).hexdigest()}  {name}\n" for name, content in files.items()))
+
+
+def frozen(tree):
+    """Return dicts, lists, arrays and tensors, one in another, as what `==` compares to the last bit."""
+    if isinstance(tree, (dict, list, tuple)):
+        return [frozen(value) for value in (tree.items() if isinstance(tree, dict) else tree)]
+    return (str(tree.dtype), tuple(tree.shape), np.asarray(tree).tobytes()) if hasattr(tree, "dtype") else tree
+
+
+def start(folder, command):
+    """Start a script in `folder`, in a session of its own, with its output in stdout.txt and stderr.txt there."""
+    script, *options = command.split()
+    with open(folder / "stdout.txt", "w") as stdout, open(folder / "stderr.txt", "a") as stderr:
+        command = [sys.executable, str(ROOT / script), *options]
+        return subprocess.Popen(command, cwd=folder, stdout=stdout, stderr=stderr, start_new_session=True)
+
+
+def finish(*processes):
+    """Return the last one's exit status once they and their workers have ended; None, and all killed, if one hangs."""
+    deadline = time.monotonic() + SCRIPT_SECONDS
+    while left := [pid for process in processes for pid in living(process)]:
+        if time.monotonic() > deadline:
+            kill(left)
+            return None
+        time.sleep(0.05)
+    return processes[-1].wait()
+
+
+def complete(folder, command):
+    if finish(start(folder, command)) != 0:
+        raise InputError(f"{command} fails undisturbed: {(folder / 'stderr.txt').read_text()}")
+
+
+def living(leader):
+    """Return the processes of a session that have not ended."""
+    ps = subprocess.run(["ps", "-s", str(leader.pid), "-o", "pid=,stat="], capture_output=True, text=True)
+    return [int(pid) for pid, state in map(str.split, ps.stdout.splitlines()) if state[0] not in "ZX"]
+
+
+def kill(pids):
+    subprocess.run(["kill", "-KILL", *map(str, pids)], stderr=subprocess.DEVNULL)  # some may have ended just now
+
+
+def kill_script(script, good, folder, settings):
+    """Kill a script `settings.kills` times, comparing what there is whenever it gets to its end; return the tally."""
+    rng, tally = random.Random(f"{settings.seed} {script}"), Counter()
+    shutil.copytree(good.inputs, folder, symlinks=True)
+    began = time.monotonic()
+    complete(folder, COMMANDS[script])
+    seconds, expected = time.monotonic() - began, left_in(folder)
+    while tally["kills"] < settings.kills:
+        case = folder.with_name(f"{script}-{tally['kills']}")
+        shutil.copytree(good.inputs, case, symlinks=True)
+        processes = [start(case, COMMANDS[script])]
+        while tally["kills"] < settings.kills and kill_within(seconds, processes[-1], rng):
+            tally["kills"] += 1
+            processes.append(start(case, COMMANDS[script]))
+        hang, found = finish(*processes) is None, left_in(case)
+        differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+        tally.update(hangs=hang, differences=bool(differing))
+        if hang or differing:
+            print(f"FAILED {case.name}: {'it, or a worker, does not end; ' * hang}differing: {differing}", flush=True)
+        else:
+            shutil.rmtree(case)
+    print(f"{script}: {tally['kills']} kills in {time.monotonic() - began:.0f} s", flush=True)
+    return tally
+
+
+def kill_within(seconds, process, rng):
+    """Kill a script or one of its workers, which has to end it; return False if it was done before."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        # The later of two instants: a script begins with its imports, where a kill can spoil little.
+        process.wait(seconds * max(rng.random(), rng.random()))
+        return False
+    workers = [pid for pid in living(process) if pid != process.pid]
+    kill([rng.choice(workers) if workers and rng.random() < 0.5 else process.pid])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SCRIPT_SECONDS)
+    return process.returncode != 0
+
+
+def left_in(folder):
+    """Return all that a script left: files, the last two lines it printed, and whether it had a traceback."""
+    left = files_in(folder)
+    left |= {name: frozen(torch.load(folder / name)) for name in left if name.endswith(".pt")}
+    return left | {"stdout.txt": left["stdout.txt"].splitlines()[-2:], "stderr.txt": b"Traceback" in left["stderr.txt"]}
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def damage_inputs(good, folder, settings):
+    """Return {kind: Counter} of `settings.damages` damaged inputs."""
+    kinds = [read.__name__ for read in DAMAGED]
+    tallies = {kind: Counter() for kind in kinds if settings.damages and kind in (settings.only or kinds)}
+    for number in range(settings.first, settings.first + settings.damages):
+        read, kind = DAMAGED[number % len(DAMAGED)], kinds[number % len(DAMAGED)]
+        if kind not in tallies:
+            continue
+        case = folder / f"{number}-{kind}"
+        shutil.copytree(good.inputs, case, symlinks=True)
+        outcome = outcome_of(read, good, case, random.Random(f"{settings.seed} {number}"))
+        if outcome in ("refused", "right") and number % THROUGH_SCRIPT == 0:
+            outcome = outcome_of_script(SCRIPTS[read], good, case)
+        tallies[kind].update(["damaged inputs", outcome])
+        if outcome in ("refused", "right"):
+            shutil.rmtree(case)
+        else:
+            print(f"FAILED {case.name}: {outcome}", *(case / "stderr.txt").read_bytes().splitlines()[-1:], flush=True)
+    return tallies
+
+
+def outcome_of(read, good, case, rng):
+    """Return the outcome of one damaged input, in a process of its own, because a C library may hang or crash."""
+    if child := os.fork():
+        return OUTCOMES.get(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "tracebacks")
+    signal.alarm(READER_SECONDS)  # ends the process
+    os.dup2(os.open(case / "stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(2, 1)
+    try:
+        os._exit(0 if read(good, case, rng) else 2)
+    except InputError:
+        os._exit(1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(3)
+
+
+def outcome_of_script(script, good, case):
+    """Return the outcome of a script that meets the damaged input."""
+    status = finish(start(case, COMMANDS[script]))
+    if status not in (0, 1, None) or "Traceback" in (case / "stderr.txt").read_text(errors="replace"):
+        return "tracebacks"
+    if script == "evaluate" and status == 0 and (case / "per_tag.csv").read_bytes() != good.scores:
+        return "silent wrong answers"
+    return OUTCOMES.get(status, "hangs")
+
+
+def spoil(path, content, other, rng):
+    """Give `path` the `content` of a file after an accident on the way or on the disk; `other` is another such file."""
+
+    def place(length):  # anywhere, or near an end, where headers and directories are
+        near = int(length ** rng.random())
+        return rng.choice([near, length - near, rng.randrange(length)])
+
+    content, other = content.read_bytes(), other.read_bytes()
+    first, second = sorted((place(len(content)), place(len(content))))
+    zeros = bytes(rng.choice([1, 16, 512, 4096, 65536]))
+    flipped = bytearray(content)
+    for _ in range(rng.choice([1, 1, 4, 32])):
+        flipped[min(place(len(content)), len(content) - 1)] ^= 1 << rng.randrange(8)
+    foreign, rest, zeroed = other[place(len(other)) :], content[first:], content[first + len(zeros) :]
+    tails = b"", content[second:], foreign, zeros + rest, zeros + zeroed
+    path.unlink(missing_ok=True)  # it may be a link to the good file
+    path.write_bytes(rng.choice([flipped, flipped, *(content[:first] + tail for tail in tails)]))
+
+
+def mp3(good, case, rng):
+    spoil(case / "clip.mp3", *rng.sample(good.mp3s, 2), rng)
+    spectrogram, outcome, reason = make_clip(case, "clip.mp3")
+    if outcome == "zero":
+        raise InputError(reason)
+    samples, _ = load(case / "clip.mp3", sr=11025, duration=31)
+    samples = np.pad(samples, (0, max(0, 627 * 512 - len(samples))))
+    mel = melspectrogram(y=samples, sr=11025, n_fft=2048, hop_length=512, pad_mode="reflect")
+    return np.allclose(spectrogram, np.log(np.maximum(mel[:, :628], 1e-20)), rtol=0, atol=1e-4)
+
+
+def tables(good, case, rng):
+    spoil(case / "tags.csv", rng.choice(good.tables), good.music / "clip_info_final.csv", rng)
+    found = read_annotations(case / "tags.csv")
+    for mp3_path in found.mp3_paths:
+        make_clip(case, mp3_path)  # whatever the path is
+    text = io.StringIO((case / "tags.csv").read_bytes().decode("utf-8-sig"), newline="")
+    header, *rows = filter(None, csv.reader(text, dialect="excel-tab"))
+    found_rows = list(zip(found.ids.tolist(), found.labels.astype(str).tolist(), found.mp3_paths))
+    return header[1:-1] == found.tag_names and [(int(row[0]), row[1:-1], row[-1]) for row in rows] == found_rows
+
+
+def archives(good, case, rng):
+    """Two thirds of the archives come with MD5 sums of after the damage."""
+    data, (damaged, other) = case / "got", rng.sample(get_data.PARTS, 2)
+    data.mkdir()
+    for part in get_data.PARTS:
+        (data / part).write_bytes(good.downloads[part])
+    spoil(data / damaged, data / damaged, data / other, rng)
+    parts = files_in(data)
+    if adapted := rng.random() < 0.67:
+        write_md5sums(case / "md5sums.txt", good.downloads | parts)
+    try:
+        get_data.obtain_parts(get_data.Settings(data), get_data.read_md5sums(case / "md5sums.txt"))
+        get_data.unpack(data)
+    except InputError:
+        if files_in(data).items() <= (parts | good.members).items():  # no clip or whole ones
+            raise
+        return False
+    return files_in(data) == parts | good.members and (adapted or parts.items() <= good.downloads.items())
+
+
+def checkpoints(good, case, rng):
+    spoil(case / "best.pt", good.best, good.best, rng)
+    checkpoint = load_checkpoint(case / "best.pt")
+    network_of(checkpoint, torch.device("cpu"))
+    return frozen(checkpoint) == good.checkpoint
+
+
+def dumps(good, case, rng):
+    names = [path.name for path in good.music.iterdir() if path.suffix in (".npy", ".json")]
+    damaged, other = (good.music / name for name in rng.sample(sorted(names), 2))
+    spoil(case / "music" / damaged.name, damaged, other, rng)
+    return all_of_dump(case / "music") == good.dump
+
+
+def all_of_dump(folder):
+    dump = Dump(folder)
+    tables = [dump.ids, dump.labels, dump.tag_names, dump.mp3_paths, dump.front_end, dump.synthetic, dump.n_bad]
+    return frozen([*tables, dump.band_sums(), *map(np.array, dump.chunks)])
+
+
+DAMAGED = 6 * [mp3] + 5 * [tables] + 3 * [archives] + 4 * [checkpoints] + 2 * [dumps]  # of twenty inputs
+SCRIPTS = {mp3: "gen_spectrograms", tables: "gen_spectrograms", archives: "get_data", checkpoints: "evaluate", dumps: "evaluate"}
+
+if __name__ == "__main__":
+    run(main, when_interrupted="nothing is left to go on from")
