@@ -102,6 +102,8 @@ def decode(path, seconds=None):
     import soundfile
 
     try:
+        if os.path.isdir(path):
+            raise InputError(f"{path}: is a directory")
         if not os.path.getsize(path):
             raise InputError(f"{path}: empty file")
         with soundfile.SoundFile(path) as file:
@@ -118,7 +120,10 @@ def decode(path, seconds=None):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror.lower()}") from error
     except soundfile.LibsndfileError as error:
-        raise InputError(f"{path}: can't be decoded ({error.error_string.rstrip('.').lower()})") from error
+        reason = error.error_string.rstrip(".").lower()
+        if "does not exist" in reason:  # libsndfile's words for an mp3 without a single frame
+            reason = "format not recognised"
+        raise InputError(f"{path}: can't be decoded ({reason})") from error
     samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     if not len(samples):
         raise InputError(f"{path}: no audio in it")
