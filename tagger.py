@@ -44,17 +44,24 @@ def load_checkpoint(path):
         raise InputError(f"{path}: damaged (its part {damaged} has another checksum); train again or restore a copy")
     if not isinstance(checkpoint, dict) or not CHECKPOINT_KEYS <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of trainer.py")
+    if not weights_fit(checkpoint):
+        n_tags = len(checkpoint["tag_names"])
+        raise InputError(f"{path}: holds the weights of another network than this one with {n_tags} tags")
     return checkpoint
 
 
+def weights_fit(checkpoint):
+    """Return whether the checkpoint's weights have the names and shapes of the network for its tags."""
+    with torch.device("meta"):
+        expected = MultiScaleCNN(len(checkpoint["tag_names"])).state_dict()
+    found = checkpoint["weights"]
+    return found.keys() == expected.keys() and all(found[name].shape == expected[name].shape for name in expected)
+
+
 def network_of(checkpoint, device):
-    """Return the checkpoint's network on `device`, ready to predict. Raises InputError if the weights don't fit it."""
-    weights, n_tags = checkpoint["weights"], len(checkpoint["tag_names"])
-    net = MultiScaleCNN(n_tags)
-    try:
-        net.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"checkpoint: weights of another network than this one with {n_tags} tags") from error
+    """Return the checkpoint's network on `device`, ready to predict."""
+    net = MultiScaleCNN(len(checkpoint["tag_names"]))
+    net.load_state_dict(checkpoint["weights"])
     return net.eval().to(device, memory_format=torch.channels_last)
 
 

@@ -68,6 +68,7 @@ def main():
     device = join_processes(settings)
     folder = settings.experiments / settings.name
     saved = claim_folder(folder, settings)
+    meet()
 
     dump = Dump(settings.data)
     warn_of_bad_clips(dump)
@@ -85,6 +86,7 @@ def main():
         loss = training.run_epoch(epoch)
         training.validate_and_save(folder, loss)
     training.report(folder)
+    part()
 
 
 # Before the first step
@@ -99,6 +101,17 @@ def join_processes(settings):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def meet():
+    """Wait for the other processes, so that none finds what another has begun to write."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def part():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def n_processes():
@@ -295,7 +308,7 @@ class Training:
         dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else self.dtype
         self.feeder = Feeder(dump, (mean, std), self.device, dtype, n_ahead)
         if self.settings.compile:
-            self.net.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
+            self.net.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default")
 
     def announce(self):
         settings = self.settings
@@ -423,7 +436,7 @@ class Training:
             "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
             "numpy_rest": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
             "torch_rng": torch.get_rng_state(),
-            "device_rng": None if self.device.type == "cpu" else device_module(self.device).get_rng_state(),
+            "device_rng": None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state(),
         }
 
     def restore(self, saved):
@@ -439,7 +452,7 @@ class Training:
         self.rng.set_state(("MT19937", state["numpy_key"].numpy().astype(np.uint32), position, has_gauss, gauss))
         torch.set_rng_state(state["torch_rng"])
         if state["device_rng"] is not None and self.device.type != "cpu":
-            device_module(self.device).set_rng_state(state["device_rng"])
+            torch.get_device_module(self.device).set_rng_state(state["device_rng"])
         self.history = saved["history"]
         self.epoch = self.history[-1]["epoch"]
 
@@ -473,10 +486,6 @@ def sum_gradients(net):
     dist.all_reduce(together)
     for gradient, part in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(part.view_as(gradient))
-
-
-def device_module(device):
-    return torch.get_device_module(device)
 
 
 def save(path, checkpoint):

@@ -42,7 +42,7 @@ RowName = Literal["spectrograms", "one-clip", "step", "evaluation", "memory", "f
 class Settings:
     only: tuple[RowName, ...] = get_args(RowName)  # rows to measure; full-size needs --full-size
     rounds: int = 7  # measured of each side in turn
-    clips: int = 240  # of one run of gen_spectrograms.py and of its baseline
+    clips: int = 480  # of one run of gen_spectrograms.py and of its baseline
     full_size: Optional[Path] = None  # folder of the full-size dump; random numbers (8.3 GB) if it is empty
     n_clips: int = 25863  # of that dump
     n_steps: int = 100  # of training on it, for the memory; 94 batches are fetched ahead
@@ -183,9 +183,11 @@ def find_clips(scratch):
     """Return the folder and the paths of 60 clips: real music from beside the checkout, or the demo's."""
     folder = SHARED / "gtzan60"
     if not folder.is_dir():
-        from demo import render
+        folder = scratch / "demo"
+        if not folder.is_dir():
+            from demo import render
 
-        render(folder := scratch / "demo", 60)  # only once, however often it is called
+            render(folder, 60)
     return folder, read_annotations(annotations_path(folder)).mp3_paths
 
 

@@ -184,7 +184,7 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(tmp_path):
 def test_weights_of_another_network_are_one_line(tmp_path, run_script, evaluated):
     make_checkpoint(tmp_path / "best.pt", tag_names=["slow", "guitar"])
     done = run_script("evaluate.py", "--checkpoint", tmp_path / "best.pt", "--tag", "a.wav", status=1)
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "2 tags" in done.stderr
+    assert done.stderr.count("\n") == 1 and f"{tmp_path / 'best.pt'}: holds the weights of another" in done.stderr
 
 
 def music(seconds, sample_rate=11025, channels=1):
