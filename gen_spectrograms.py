@@ -61,7 +61,7 @@ FRONT_END = {
 }
 SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
 CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
-FRAMES_AT_ONCE = 128  # stay in the cache from the window to the mel bands
+FRAMES_AT_ONCE = 64  # stay in the cache from the window to the mel bands
 READ_SECONDS = 31  # of a longer file: more than the 628 frames and the resampler reach
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 

@@ -7,6 +7,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 PAPER = {"validation": 0.904, "test": 0.900}  # macro ROC-AUC that the paper reports
@@ -108,8 +109,6 @@ def interval(resampled):
 
 def clip_roc_auc(labels, probabilities):
     """Return each clip's ROC-AUC over its tags: (clips,)."""
-    from scipy.stats import rankdata  # takes a second to import, and training does without
-
     n_positive = labels.sum(axis=1, dtype=float)
     n_negative = labels.shape[1] - n_positive
     rank_sum = (rankdata(probabilities, axis=1) * labels).sum(axis=1)
