@@ -73,7 +73,7 @@ def main():
     good = Good(folder / "good")
     killed = [script for script in KILLED if settings.kills and script in (settings.only or KILLED)]
     kills = {script: kill_script(script, good, folder / script, settings) for script in killed}
-    damages = damage_inputs(good, folder, settings)
+    damages = damage_inputs(good, folder, settings) if settings.damages else {}
     n_failures = summarise("kills", kills, ("differences", "hangs"))
     n_failures += summarise("damaged inputs", damages, ("tracebacks", "hangs", "silent wrong answers"))
     if n_failures:
@@ -230,7 +230,7 @@ def files_in(folder):
 def damage_inputs(good, folder, settings):
     """Return {kind: Counter} of `settings.damages` damaged inputs."""
     kinds = [read.__name__ for read in DAMAGED]
-    tallies = {kind: Counter() for kind in kinds if settings.damages and kind in (settings.only or kinds)}
+    tallies = {kind: Counter() for kind in kinds if kind in (settings.only or kinds)}
     for number in range(settings.first, settings.first + settings.damages):
         read, kind = DAMAGED[number % len(DAMAGED)], kinds[number % len(DAMAGED)]
         if kind not in tallies:

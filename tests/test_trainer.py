@@ -118,8 +118,8 @@ def test_the_real_tables_split_as_published(shared, real_tables):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A finished dump of 28 random clips with three tags, one of them without positives in validation."""
-    return write_dump(tmp_path_factory.mktemp("small"), n_clips=28)
+    """A finished dump of 20 random clips with three tags, one of them without positives in validation."""
+    return write_dump(tmp_path_factory.mktemp("small"), n_clips=20)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, s
     arguments = ["--experiments", folder.parent, *TINY, "--resume"]
     done = run_script("trainer.py", "--data", small, *arguments, "--seed", 1, "--n-tags", 2, status=1)
     assert "n_tags (50 there, 2 now), seed (1337 there, 1 now)" in done.stderr and done.stderr.count("\n") == 1
-    other = write_dump(tmp_path, n_clips=28, seed=1)
+    other = write_dump(tmp_path, n_clips=20, seed=1)
     assert "not the dump" in run_script("trainer.py", "--data", other, *arguments, status=1).stderr
 
 
@@ -282,17 +282,15 @@ def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, run_s
     done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path, "--epochs", 1)
     assert "no score to choose by" in done.stdout and "same proportions" in done.stdout
     assert "validation ROC-AUC undefined (epoch 1), test ROC-AUC undefined" in done.stdout
-    done = run_script("evaluate.py", "--data", tmp_path, "--experiments", tmp_path)
-    assert "ROC-AUC            undefined" in done.stdout and "nan" not in done.stdout
 
 
 def test_spectrograms_and_labels_that_do_not_belong_together(small, tmp_path, run_script):
     for path in small.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "dump.json").unlink()  # as another program's dump, which has no checksums
-    np.save(tmp_path / "ids.npy", np.arange(27))
+    np.save(tmp_path / "ids.npy", np.arange(19))
     done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path / "e", status=1)
-    assert "don't belong together" in done.stderr and "27 ids" in done.stderr
+    assert "don't belong together" in done.stderr and "19 ids" in done.stderr
 
 
 def test_training_and_scoring_need_no_audio_library():
