@@ -246,7 +246,9 @@ class Dump:
             return np.load(path, allow_pickle=False, **options)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; gen_spectrograms.py --overwrite makes the dump anew") from None
-        except (ValueError, EOFError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # a damaged header can fail in as many ways as it can be damaged
             raise InputError(f"{path}: damaged ({error}); gen_spectrograms.py --overwrite makes it anew") from error
 
     def _check(self):

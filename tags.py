@@ -101,7 +101,7 @@ def read_annotations(path):
         if not set(values) <= {"0", "1"}:
             column = next(i for i, value in enumerate(values) if value not in ("0", "1"))
             raise InputError(f"{path}, line {line}: {tag_names[column]!r} is {values[column]!r}; it must be 0 or 1")
-        if not fields[-1]:
+        if not fields[-1] or "\0" in fields[-1]:
             raise InputError(f"{path}, line {line}: clip {clip} has no mp3_path")
         ids.append(clip)
         paths.append(fields[-1])

@@ -54,7 +54,7 @@ class Settings:
 
 
 KILLED = ("get_data", "gen_spectrograms", "trainer")
-THROUGH_SCRIPT = 49  # one damaged input in so many goes through its script as well
+SCRIPT_EVERY, EVALUATE_EVERY = 49, 7  # of so many damaged inputs (of so many dumps) one goes through its script as well
 COMMANDS = {  # each runs in a copy of Good's folder "inputs"
     "get_data": "get_data.py --data got --md5sums md5sums.txt --attempts 1000 --pause 0 --hosts",  # and an address
     "gen_spectrograms": "gen_spectrograms.py --data . --n-chunks 4",
@@ -238,13 +238,15 @@ def damage_inputs(good, folder, settings):
         case = folder / f"{number}-{kind}"
         shutil.copytree(good.inputs, case, symlinks=True)
         outcome = outcome_of(read, good, case, random.Random(f"{settings.seed} {number}"))
-        if outcome in ("refused", "right") and number % THROUGH_SCRIPT == 0:
+        if outcome in ("refused", "right") and number % (EVALUATE_EVERY if read is dumps else SCRIPT_EVERY) == 0:
             outcome = outcome_of_script(SCRIPTS.get(read, "evaluate"), good, case)
         tallies[kind].update(["damaged inputs", outcome])
         if outcome in ("refused", "right"):
             shutil.rmtree(case)
         else:
             print(f"FAILED {case.name}: {outcome}", *(case / "stderr.txt").read_bytes().splitlines()[-1:], flush=True)
+    for kind, tally in tallies.items():
+        print(f"{kind}: {tally['refused']} refused, {tally['right']} read right")
     return tallies
 
 
@@ -343,8 +345,8 @@ def checkpoints(good, case, rng):
 
 
 def dumps(good, case, rng):
-    names = [path.name for path in good.music.iterdir() if path.suffix in (".npy", ".json")]
-    damaged, other = (good.music / name for name in rng.sample(sorted(names), 2))
+    spectrograms = sorted(good.music.glob("spectrograms_*.npy"))
+    damaged, other = rng.sample([*sorted(good.music.glob("*.npy")), good.music / "dump.json", *spectrograms * 2], 2)
     spoil(case / "music" / damaged.name, damaged, other, rng)
     return all_of_dump(case / "music") == good.dump
 

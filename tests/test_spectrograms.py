@@ -276,7 +276,7 @@ def test_a_damaged_dump_is_named(run_script, clips):
         original = (clips / name).read_bytes()
         flipped = bytearray(original)
         flipped[len(flipped) // 2] ^= 16
-        for damaged in (bytes(flipped), original[:-1], b""):
+        for damaged in (bytes(flipped), original[:-1], original[:20] + b"(" + original[21:], b""):
             (clips / name).write_bytes(damaged)
             with pytest.raises(InputError, match=name):
                 Dump(clips).band_sums()

@@ -52,6 +52,7 @@ def test_accepts_what_is_harmless(tmp_path, harmless):
         (TABLE.replace('"3"', '"7"'), "line 3: clip 7 is there already, on line 2"),
         (TABLE.replace('"3"', '"x"'), "line 3: clip_id is 'x'"),
         (TABLE.replace('"b/3.mp3"', '""'), "line 3: clip 3 has no mp3_path"),
+        (TABLE.replace("b/3.mp3", "b/3\0mp3"), "line 3: clip 3 has no mp3_path"),
         (TABLE.split("\r\n", 1)[1], "line 1: no header"),
         (TABLE.split("\r\n", 1)[0], "a header and no clips"),
         (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a name of its own ('guitar')"),
