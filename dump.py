@@ -186,7 +186,7 @@ class Dump:
     """A finished dump, memory-mapped: `ids`, `labels`, `tag_names` and `mp3_paths`, and spectrograms by row.
 
     Raises InputError if a file is missing, damaged or does not belong to the others. The spectrograms' own
-    checksums are compared in `band_sums`, which reads them all.
+    checksums are compared in `check_spectrograms`, and in `band_sums`, which reads them all anyway.
     """
 
     def __init__(self, data):
@@ -241,12 +241,12 @@ class Dump:
     def _load(self, name, **options):
         path = self.data / name
         try:
-            if self.manifest and not options and crc_of_file(path) != self.manifest["crc32"].get(name):
-                raise InputError(f"{path}: damaged or from another dump; gen_spectrograms.py --overwrite makes it anew")
+            if not options:  # the spectrograms, which are mapped, are checked where they are read
+                self._require(path, crc_of_file(path))
             return np.load(path, allow_pickle=False, **options)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; gen_spectrograms.py --overwrite makes the dump anew") from None
-        except InputError:
+        except (InputError, OSError):
             raise
         except Exception as error:  # a damaged header can fail in as many ways as it can be damaged
             raise InputError(f"{path}: damaged ({error}); gen_spectrograms.py --overwrite makes it anew") from error
@@ -266,6 +266,18 @@ class Dump:
             raise InputError(f"{self.data}: files that don't belong together: {found}, {len(np.unique(self.ids)):,} distinct")
         if self.labels.ndim != 2 or self.labels.shape[1] != len(self.tag_names):
             raise InputError(f"{self.data}: tags.npy is {self.labels.shape}, but there are {len(self.tag_names)} tag names")
+
+    def check_spectrograms(self):
+        """Compare every byte with the checksums. Raises InputError if a file is not the one that dump.json knows."""
+        if self.manifest:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                crcs = tqdm(pool.map(crc_of_file, self.files), "checking", len(self.files), delay=1, leave=False)
+                for file, crc in zip(self.files, crcs):
+                    self._require(file, crc)
+
+    def _require(self, file, crc):
+        if self.manifest and crc != self.manifest["crc32"].get(file.name):
+            raise InputError(f"{file}: damaged or from another dump; gen_spectrograms.py --overwrite makes it anew")
 
     def band_sums(self):
         """Return each clip's sum and sum of squares over frames, (clips, 128) float64 each, checking every byte.
@@ -290,8 +302,7 @@ class Dump:
             sums[0, rows] = exact.sum(axis=2)
             sums[1, rows] = np.einsum("cbt,cbt->cb", exact, exact)
             bar.update(len(clips))
-        if self.manifest and f"{crc:08x}" != self.manifest["crc32"].get(file.name):
-            raise InputError(f"{file}: damaged or from another dump; gen_spectrograms.py --overwrite makes it anew")
+        self._require(file, f"{crc:08x}")
 
     def _progress(self):
         return tqdm(total=len(self), desc="normalization", unit="clip", delay=1, leave=False)

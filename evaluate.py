@@ -51,6 +51,7 @@ def main():
         return tag_files(Tagger(path, settings.device), settings, path.parent)
     checkpoint = load_checkpoint(path)
     dump = Dump(settings.data)
+    dump.check_spectrograms()
     labels, rows_of = clips_of(checkpoint, dump)
     probabilities = predict_parts(checkpoint, dump, rows_of, settings)
     info = clip_info_if_present(settings.data, dump.ids)

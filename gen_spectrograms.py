@@ -114,7 +114,9 @@ def decode(path, seconds=None):
                 block = file.read(n_wanted, dtype="float32", always_2d=True)
                 blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
                 n_left -= len(block)
-                if len(block) < n_wanted:  # asking once more would cost an mp3 as much as all before
+                # Asking once more would make libsndfile search an mp3's end: slow, and in a damaged file it then
+                # finds itself somewhere in the middle and repeats what was read
+                if len(block) < n_wanted:
                     break
             sample_rate = file.samplerate
     except OSError as error:

@@ -39,7 +39,7 @@ MD5SUMS = {
     "clip_info_final.csv": "03ef3cb8ddcfe53fdcdb8e0cda005be2",
 }
 ARCHIVE_BYTES = 2_970_000_000  # about; for the look at the free space if no host tells
-CHUNK = 1 << 16  # bytes read and written at once; at most so many are lost when the script is killed
+CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when the script is killed
 LONGEST_PAUSE = 60  # seconds, however many attempts failed and whatever a host asks for
 PLAIN = {"Accept-Encoding": "identity"}  # compressed on the way, a file has another length and other ranges
 
@@ -276,6 +276,7 @@ def unpack(data):
         with zipfile.ZipFile(io.BufferedReader(parts, CHUNK)) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             refuse_escapes(members)
+            refuse_damage(members)
             with progress_bar("unpacking", sum(member.file_size for member in members)) as bar:
                 for member in members:
                     extract(archive, member, data / member.filename)
@@ -321,6 +322,15 @@ def refuse_escapes(members):
         path = PureWindowsPath(member.filename)  # knows all that a Posix path does, and drives and backslashes
         if not path.parts or path.anchor or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
             raise InputError(f"{ARCHIVE}: {member.filename!r} would leave the data folder; nothing was unpacked")
+
+
+def refuse_damage(members):
+    """Raise BadZipFile for what zipfile would take without a word: other methods, entries hidden in another's comment."""
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise zipfile.BadZipFile(f"{member.filename!r} is compressed by method {member.compress_type}")
+        if b"PK\1\2" in member.comment + member.extra:
+            raise zipfile.BadZipFile(f"its directory has lost the entries after {member.filename!r}")
 
 
 def extract(archive, member, path):

@@ -67,12 +67,18 @@ def network_of(checkpoint, device):
 
 @torch.no_grad()
 def predict(net, feeder, rows, batch_size):
-    """Return the probabilities of the dump's `rows`: (rows, tags) float64."""
+    """Return the probabilities of the dump's `rows`: (rows, tags) float64.
+
+    Raises InputError if one is not finite, as after training or on spectrograms that went wrong.
+    """
     net.eval()
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     progress = tqdm(parts, desc="predicting", unit="batch", delay=1, leave=False)
     logits = [net(clips).double().cpu() for _, clips in zip(progress, feeder.batches(parts))]
-    return torch.sigmoid(torch.cat(logits)).numpy()
+    probabilities = torch.sigmoid(torch.cat(logits))
+    if not probabilities.isfinite().all():
+        raise InputError(f"{feeder.dump.data}: predictions are not finite; look for NaN in spectrograms_*.npy")
+    return probabilities.numpy()
 
 
 class Tagger:

@@ -143,6 +143,8 @@ def claim_folder(folder, settings):
     if not settings.resume:
         raise InputError(f"{folder}: holds an experiment; --resume goes on, --overwrite begins anew, --name names another")
     saved = load_checkpoint(last)
+    if "continuation" not in saved:
+        raise InputError(f"{last}: lacks the state that resuming needs; it is a copy of another checkpoint")
     now = hyperparameters(settings)
     differing = [
         f"{name} ({saved['hyperparameters'].get(name)} there, {value} now)"

@@ -405,9 +405,9 @@ def test_member_that_would_leave_the_folder(tmp_path, member):
 DIRECTORY = make_zip(CLIPS).index(b"PK\x01\x02")
 
 
-def damaged(where, compression=zipfile.ZIP_STORED):
+def damaged(where, compression=zipfile.ZIP_STORED, flip=0xFF):
     archive = bytearray(make_zip(CLIPS, compression))
-    archive[where] ^= 0xFF
+    archive[where] ^= flip
     return bytes(archive)
 
 
@@ -418,6 +418,8 @@ def damaged(where, compression=zipfile.ZIP_STORED):
         "compressed clip": damaged(41, zipfile.ZIP_DEFLATED),  # the first byte after the member's header
         "directory": damaged(DIRECTORY),
         "encrypted": damaged(DIRECTORY + 8),  # a member's flags
+        "method": damaged(DIRECTORY + 10, flip=zipfile.ZIP_BZIP2),
+        "comment": damaged(DIRECTORY + 32, flip=46 + len("0/clip1.mp3")),  # as long as the next entry, which it hides
         "directory's place": damaged(-3),
         "cut off": make_zip(CLIPS)[:-100],
         "no zip": b"<html>",

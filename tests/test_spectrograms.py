@@ -84,6 +84,18 @@ def test_decoding_and_resampling_equal_librosas(tmp_path, sample_rate, channels,
     assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-6
 
 
+def test_nothing_of_a_damaged_mp3_is_read_twice(tmp_path):
+    soundfile.write(tmp_path / "whole.mp3", tone(16000, 29), 16000)
+    content = (tmp_path / "whole.mp3").read_bytes()
+    for seed in range(20):
+        rng = np.random.RandomState(seed)
+        cut = sorted(rng.randint(2000, len(content), 2))
+        (tmp_path / "cut.mp3").write_bytes(content[: cut[0]] + content[cut[1] :])
+        with soundfile.SoundFile(tmp_path / "cut.mp3") as file:
+            expected = file.read(dtype="float32")
+        assert np.array_equal(decode(tmp_path / "cut.mp3", 31)[0], expected)
+
+
 def test_long_file_is_cut_as_if_transformed_whole(tmp_path):
     soundfile.write(tmp_path / "long.wav", tone(16000, 40), 16000)
     samples, _ = librosa.load(tmp_path / "long.wav", sr=11025)
