@@ -64,9 +64,11 @@ def main():
     }
     for part in ("validation", "test"):
         rows = rows_of[part]
-        results[part] = score_part(labels[rows], probabilities[part], checkpoint["tag_names"], settings, info, rows, rows_of["train"])
+        results[part] = score_part(
+            labels[rows], probabilities[part], checkpoint["tag_names"], settings, info, rows, rows_of["train"]
+        )
     write_results(results, path.parent)
-    draw(results, checkpoint, labels[rows_of["test"]], probabilities["test"], path.parent)
+    draw(results, checkpoint["tag_names"], labels[rows_of["test"]], probabilities["test"], path.parent)
     print_results(results, checkpoint)
 
 
@@ -181,15 +183,14 @@ def write_results(results, folder):
             table.writerows({"part": part, **row} for row in results[part]["tags"])
 
 
-def draw(results, checkpoint, labels, probabilities, folder):
-    """Draw the pictures of the test scores, and the training curves, beside the checkpoint."""
+def draw(results, tag_names, labels, probabilities, folder):
+    """Draw the pictures of the test scores beside the checkpoint."""
     import figures  # matplotlib takes a while to import
 
     synthetic = results["synthetic"]
-    figures.training_curves(folder / "curves.png", checkpoint["history"], synthetic=synthetic)
     rows = [{key: np.nan if value is None else value for key, value in row.items()} for row in results["test"]["tags"]]
     figures.per_tag_roc_auc(folder / "per_tag.png", rows, synthetic=synthetic)
-    figures.tag_correlations(folder / "correlations.png", checkpoint["tag_names"], labels, probabilities, synthetic=synthetic)
+    figures.tag_correlations(folder / "correlations.png", tag_names, labels, probabilities, synthetic=synthetic)
 
 
 def print_results(results, checkpoint):
