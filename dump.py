@@ -14,7 +14,6 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -255,7 +254,9 @@ class Dump:
         n_clips = len(self.ids)
         for file, chunk in zip(self.files, self.chunks):
             if chunk.dtype != np.float32 or chunk.shape[1:] != (N_MELS, N_FRAMES):
-                raise InputError(f"{file}: holds {chunk.dtype} {chunk.shape}, not float32 (clips, {N_MELS}, {N_FRAMES})")
+                raise InputError(
+                    f"{file}: holds {chunk.dtype} {chunk.shape}, not float32 (clips, {N_MELS}, {N_FRAMES})"
+                )
         counts = {
             "spectrograms": sum(len(chunk) for chunk in self.chunks),
             "rows of tags.npy": len(self.labels),
@@ -263,9 +264,13 @@ class Dump:
         }
         if len(set(counts.values())) > 1 or len(np.unique(self.ids)) != n_clips:
             found = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-            raise InputError(f"{self.data}: files that don't belong together: {found}, {len(np.unique(self.ids)):,} distinct")
+            raise InputError(
+                f"{self.data}: files that don't belong together: {found}, {len(np.unique(self.ids)):,} distinct"
+            )
         if self.labels.ndim != 2 or self.labels.shape[1] != len(self.tag_names):
-            raise InputError(f"{self.data}: tags.npy is {self.labels.shape}, but there are {len(self.tag_names)} tag names")
+            raise InputError(
+                f"{self.data}: tags.npy is {self.labels.shape}, but there are {len(self.tag_names)} tag names"
+            )
 
     def check_spectrograms(self):
         """Compare every byte with the checksums. Raises InputError if a file is not the one that dump.json knows."""

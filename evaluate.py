@@ -143,7 +143,10 @@ def number(value):
 
 def per_tag_rows(tag_names, labels, auc, ap, resampled):
     """Return a row of scores for each tag, in the checkpoint's order."""
-    ends = {"roc_auc": scores.interval(resampled.roc_auc), "average_precision": scores.interval(resampled.average_precision)}
+    ends = {
+        "roc_auc": scores.interval(resampled.roc_auc),
+        "average_precision": scores.interval(resampled.average_precision),
+    }
     rows = []
     for column, name in enumerate(tag_names):
         row = {"tag": name, "positives": int(labels[:, column].sum()), "prevalence": float(labels[:, column].mean())}
@@ -236,7 +239,9 @@ def print_part(part, result):
     if result["one_class"]:
         print(f"  left out           {', '.join(result['one_class'])}: only one class among these clips")
     if result["leakage"]:
-        shares = ", ".join(f"{kind} {result['leakage'][f'share_of_{kind}']:.1%}" for kind in ("track", "album", "artist"))
+        shares = ", ".join(
+            f"{kind} {result['leakage'][f'share_of_{kind}']:.1%}" for kind in ("track", "album", "artist")
+        )
         print(f"  also in training   {shares} of the clips")
         n_fresh, auc = result["leakage"]["clips_of_other_tracks"], result["leakage"]["roc_auc_of_other_tracks"]
         print(f"  other tracks only  {f'ROC-AUC {auc:.4f}' if auc else 'too few to score'} ({n_fresh:,} clips)")

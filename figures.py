@@ -15,9 +15,16 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from common import whole_file
 
 STYLE = {
-    "savefig.dpi": 100, "savefig.bbox": "tight", "image.interpolation": "nearest", "legend.edgecolor": "none",
-    "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "savefig.dpi": 100,
+    "savefig.bbox": "tight",
+    "image.interpolation": "nearest",
+    "legend.edgecolor": "none",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
     "text.parse_math": False,  # a dollar sign in a file's name begins no formula
 }
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"

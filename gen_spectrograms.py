@@ -387,7 +387,9 @@ def summarise(data, manifest, chunks):
         chunk.journal.unlink(missing_ok=True)
     n_clips, zero, padded = manifest["n_clips"], manifest["outcomes"]["zero"], manifest["outcomes"]["padded"]
     print(f"{data}: {n_clips:,} spectrograms, {n_clips * CLIP_BYTES / 1e9:.2f} GB in {len(chunks)} files")
-    print(f"{zero:,} bad clips (all zeros) and {padded:,} short ones (padded with silence): see {data / 'bad_clips.csv'}")
+    print(
+        f"{zero:,} bad clips (all zeros) and {padded:,} short ones (padded with silence): see {data / 'bad_clips.csv'}"
+    )
     if zero > TOO_MANY_BAD * n_clips:
         raise InputError(
             f"{data}: {zero:,} of {n_clips:,} clips are bad, more than {TOO_MANY_BAD:.0%}; the dump is kept, but check "

@@ -325,7 +325,7 @@ def refuse_escapes(members):
 
 
 def refuse_damage(members):
-    """Raise BadZipFile for what zipfile would take without a word: other methods, entries hidden in another's comment."""
+    """Raise BadZipFile for what zipfile takes without a word: other methods, entries hidden in another's comment."""
     for member in members:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise zipfile.BadZipFile(f"{member.filename!r} is compressed by method {member.compress_type}")

@@ -79,7 +79,10 @@ def weighted_scores(label, scores, weights):
     positives_above = _cumulative(positive_weight)
     n_positives_above = np.searchsorted(positive, np.stack([first, last]))
     through_ties = clips_above[:, last]
-    positives_before, positives_through = positives_above[:, n_positives_above[0]], positives_above[:, n_positives_above[1]]
+    positives_before, positives_through = (
+        positives_above[:, n_positives_above[0]],
+        positives_above[:, n_positives_above[1]],
+    )
     negatives_before = clips_above[:, first] - positives_before
     negatives_through = through_ties - positives_through
 

@@ -159,10 +159,14 @@ def _read_table(path, first, last):
         raise InputError(f"{path}: empty")
     _, header = rows.pop(0)
     if len(header) < 3 or header[0] != first or header[-1] != last:
-        raise InputError(f"{path}, line 1: no header; it must begin with {first}, end with {last}, and be tab separated")
+        raise InputError(
+            f"{path}, line 1: no header; it must begin with {first}, end with {last}, and be tab separated"
+        )
     twice = {name for name in header if header.count(name) > 1}
     if twice or "" in header:
-        raise InputError(f"{path}, line 1: every column needs a name of its own ({', '.join(map(repr, twice)) or 'empty'})")
+        raise InputError(
+            f"{path}, line 1: every column needs a name of its own ({', '.join(map(repr, twice)) or 'empty'})"
+        )
     for line, fields in rows:
         if len(fields) != len(header):
             raise InputError(f"{path}, line {line}: {len(fields)} columns, but the header has {len(header)}")

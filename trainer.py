@@ -141,7 +141,9 @@ def claim_folder(folder, settings):
         folder.mkdir(parents=True, exist_ok=True)
         return None
     if not settings.resume:
-        raise InputError(f"{folder}: holds an experiment; --resume goes on, --overwrite begins anew, --name names another")
+        raise InputError(
+            f"{folder}: holds an experiment; --resume goes on, --overwrite begins anew, --name names another"
+        )
     saved = load_checkpoint(last)
     if "continuation" not in saved:
         raise InputError(f"{last}: lacks the state that resuming needs; it is a copy of another checkpoint")
@@ -152,7 +154,9 @@ def claim_folder(folder, settings):
         if name not in NOT_HYPERPARAMETERS and saved["hyperparameters"].get(name) != value
     ]
     if differing:
-        raise InputError(f"{last}: was begun with other hyperparameters: {', '.join(differing)}; use the same to resume")
+        raise InputError(
+            f"{last}: was begun with other hyperparameters: {', '.join(differing)}; use the same to resume"
+        )
     return saved
 
 
@@ -164,9 +168,13 @@ def hyperparameters(settings):
 def warn_of_bad_clips(dump):
     """Say that many clips are bad; raises InputError if most of them are."""
     if dump.n_bad > len(dump) / 2:
-        raise InputError(f"{dump.data}: {dump.n_bad:,} of {len(dump):,} clips are bad (bad_clips.csv); too few to train on")
+        raise InputError(
+            f"{dump.data}: {dump.n_bad:,} of {len(dump):,} clips are bad (bad_clips.csv); too few to train on"
+        )
     if dump.n_bad:
-        say(f"note: {dump.n_bad:,} of {len(dump):,} clips are bad: all zeros, and used all the same, as in the original")
+        say(
+            f"note: {dump.n_bad:,} of {len(dump):,} clips are bad: all zeros, and used all the same, as in the original"
+        )
 
 
 def split_sizes(n_clips, train_size, validation_size):
@@ -181,7 +189,9 @@ def split_sizes(n_clips, train_size, validation_size):
     whole = train_size + validation_size + PAPER_SIZES["test"]
     validation = max(1, round(n_clips * validation_size / whole))
     train = min(round(n_clips * train_size / whole), n_clips - validation - 1)
-    say(f"note: {n_clips:,} clips are too few for {train_size:,} + {validation_size:,}; divided in the same proportions")
+    say(
+        f"note: {n_clips:,} clips are too few for {train_size:,} + {validation_size:,}; divided in the same proportions"
+    )
     return train, validation
 
 
@@ -217,7 +227,9 @@ def split_by_artist(artists, train_size, validation_size, rng):
         part_of[artist] = next((part for part, free in room.items() if n_clips_of[artist] <= free), "train")
         if part_of[artist] in room:
             room[part_of[artist]] -= n_clips_of[artist]
-    train, validation, test = (np.flatnonzero(part_of[artist_of_clip] == part) for part in ("train", "validation", "test"))
+    train, validation, test = (
+        np.flatnonzero(part_of[artist_of_clip] == part) for part in ("train", "validation", "test")
+    )
     rng.shuffle(train)
     return train, validation, test
 
@@ -296,7 +308,7 @@ class Training:
         one_class = (labels == labels[:1]).all(dim=0).tolist()
         names = [name for name, only in zip(self.tag_names, one_class) if only]
         if len(names) == len(self.tag_names):
-            say("note: the validation clips agree on every tag, so there is no score to choose by: the last epoch is kept")
+            say("note: the validation clips agree on every tag, so no score can choose: the last epoch is kept")
         elif names:
             say(f"note: left out of the validation mean, because all its clips agree on them: {', '.join(names)}")
 

@@ -72,7 +72,10 @@ def test_what_a_listener_sees_by_hand():
 
 
 def test_leakage_by_hand():
-    info = [ClipInfo(artist, (artist, album), (artist, album, "1", track)) for artist, album, track in ("Aax", "Aay", "Abz", "Bcx", "Aax")]
+    info = [
+        ClipInfo(artist, (artist, album), (artist, album, "1", track))
+        for artist, album, track in ("Aax", "Aay", "Abz", "Bcx", "Aax")
+    ]
     rng = np.random.RandomState(0)
     labels = rng.randint(0, 2, (3, 2))
     found = evaluate.leakage(labels, rng.rand(3, 2), info, rows=np.array([2, 3, 4]), training_rows=np.array([0, 1]))
@@ -90,7 +93,11 @@ def make_checkpoint(path, n_tags=3, **changes):
         "normalization": {"mean": torch.full((128,), -5.0), "std": torch.full((128,), 3.0)},
         "front_end": {},
         "hyperparameters": {"split": "random", "n_tags": 50, "merge_tags": True},
-        "clip_ids": {"train": torch.arange(101, 121), "validation": torch.arange(121, 130), "test": torch.arange(130, 141)},
+        "clip_ids": {
+            "train": torch.arange(101, 121),
+            "validation": torch.arange(121, 130),
+            "test": torch.arange(130, 141),
+        },
         "history": [{"epoch": 0, "learning_rate": 0.1, "loss": None, "validation_roc_auc": 0.5, "best": True}],
         "dump": "",
         "synthetic": True,
@@ -104,7 +111,10 @@ def evaluated(tmp_path_factory):
     """A folder with a dump, a clip table of two clips a track, and an untrained checkpoint for them."""
     folder = write_dump(tmp_path_factory.mktemp("evaluated"), n_clips=40)
     columns = "clip_id\ttrack_number\ttitle\tartist\talbum\turl\tsegmentStart\tsegmentEnd\toriginal_url\tmp3_path"
-    rows = [f"{101 + clip}\t1\ttitle {clip // 2}\tartist {clip // 20}\talbum {clip // 4}\t\t0\t29\t\tp" for clip in range(40)]
+    rows = [
+        f"{101 + clip}\t1\ttitle {clip // 2}\tartist {clip // 20}\talbum {clip // 4}\t\t0\t29\t\tp"
+        for clip in range(40)
+    ]
     (folder / "clip_info_final.csv").write_text("\n".join([columns, *rows]))
     front_end = json.loads((folder / "dump.json").read_text())["front_end"]
     make_checkpoint(folder / "best.pt", front_end=front_end)
@@ -140,7 +150,12 @@ def test_data_that_lack_the_clips_or_tags_are_named(evaluated, run_script, tmp_p
     write_dump(tmp_path, n_clips=38)
     done = run_script("evaluate.py", "--data", tmp_path, "--checkpoint", evaluated / "best.pt", status=1)
     assert done.stderr.strip().endswith("lacks 2 of the checkpoint's test clips: 139, 140")
-    make_checkpoint(tmp_path / "best.pt", n_tags=2, tag_names=["slow", "harp"], front_end=load_checkpoint(evaluated / "best.pt")["front_end"])
+    make_checkpoint(
+        tmp_path / "best.pt",
+        n_tags=2,
+        tag_names=["slow", "harp"],
+        front_end=load_checkpoint(evaluated / "best.pt")["front_end"],
+    )
     done = run_script("evaluate.py", "--data", evaluated, "--checkpoint", tmp_path / "best.pt", status=1)
     assert "has no tag harp" in done.stderr
 
@@ -214,7 +229,9 @@ def test_a_clip_is_tagged_as_it_is_evaluated(tagger, tmp_path):
 
 def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
     samples = music(60)[:, 0]
-    starts = np.linspace(0, len(samples) - CLIP_SAMPLES, 4).astype(int)  # 31 s beyond the first window, 14.6 s at most each
+    starts = np.linspace(0, len(samples) - CLIP_SAMPLES, 4).astype(
+        int
+    )  # 31 s beyond the first window, 14.6 s at most each
     clips = windows(samples)
     assert len(clips) == 4
     expected = []

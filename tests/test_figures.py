@@ -23,14 +23,26 @@ def epochs(n):
     history = [{"epoch": 0, "learning_rate": 1e-3, "loss": None, "validation_roc_auc": 0.5021, "best": True}]
     for epoch in range(1, n + 1):
         score = scores.get(epoch, 0.85)
-        history.append({"epoch": epoch, "learning_rate": rates.get(epoch, 1e-5), "loss": 1 / epoch,
-                        "validation_roc_auc": score, "best": epoch in (1, 3)})
+        history.append(
+            {
+                "epoch": epoch,
+                "learning_rate": rates.get(epoch, 1e-5),
+                "loss": 1 / epoch,
+                "validation_roc_auc": score,
+                "best": epoch in (1, 3),
+            }
+        )
     return history
 
 
 def tag_row(tag, score, prevalence=0.1):
-    return {"tag": tag, "prevalence": prevalence, "roc_auc": score, "roc_auc_low": score - 0.1,
-            "roc_auc_high": score + 0.05}
+    return {
+        "tag": tag,
+        "prevalence": prevalence,
+        "roc_auc": score,
+        "roc_auc_low": score - 0.1,
+        "roc_auc_high": score + 0.05,
+    }
 
 
 def draw(name, path, **options):

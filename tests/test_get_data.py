@@ -17,7 +17,16 @@ import zipfile
 
 import pytest
 from http_server import (
-    Server, drop, hang_after, ignore_range, other_range, redirect, refuse, reset_after, send, stop_after
+    Server,
+    drop,
+    hang_after,
+    ignore_range,
+    other_range,
+    redirect,
+    refuse,
+    reset_after,
+    send,
+    stop_after,
 )
 
 import get_data

@@ -47,9 +47,7 @@ def test_number_of_parameters():
     assert sum(weights.numel() for weights in MultiScaleCNN(50).parameters()) == 2_936_810
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance, run", [(torch.float64, 1e-12, "float64"), (torch.float32, 1e-5, "float32")]
-)
+@pytest.mark.parametrize("dtype, tolerance, run", [(torch.float64, 1e-12, "float64"), (torch.float32, 1e-5, "float32")])
 def test_forward_pass_equals_the_recorded_one(dtype, tolerance, run):
     found = probabilities(network(dtype), four_clips().to(dtype))
     assert np.abs(found - RECORDED["forward_eval"][f"probabilities_{run}_run"]).max() < tolerance

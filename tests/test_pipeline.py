@@ -33,7 +33,9 @@ def served_files(folder):
             writer.write(clip, clip.relative_to(folder))
     whole = archive.getvalue()
     third = len(whole) // 3
-    parts = {f"mp3.zip.00{part + 1}": whole[part * third : (part + 1) * third if part < 2 else None] for part in range(3)}
+    parts = {
+        f"mp3.zip.00{part + 1}": whole[part * third : (part + 1) * third if part < 2 else None] for part in range(3)
+    }
     tables = {
         "annotations_final.csv": (folder / "tags.csv").read_bytes(),
         "clip_info_final.csv": (folder / "clip_info_final.csv").read_bytes(),

@@ -271,7 +271,10 @@ def test_several_machines_divide_the_chunks(run_script, clips, tmp_path_factory)
 def test_a_dump_made_otherwise_is_never_mixed(run_script, clips):
     run_script("gen_spectrograms.py", "--data", clips)
     before = contents(clips)
-    assert "n_chunks (8 there, 4 now)" in run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 4, status=1).stderr
+    assert (
+        "n_chunks (8 there, 4 now)"
+        in run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 4, status=1).stderr
+    )
     table = (clips / "tags.csv").read_text()
     (clips / "tags.csv").write_text(table.replace("1\t1\t0", "1\t0\t0"))
     done = run_script("gen_spectrograms.py", "--data", clips, status=1)
@@ -299,7 +302,9 @@ def test_a_damaged_dump_is_named(run_script, clips):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_is_one_line_and_the_next_start_goes_on(run_script, clips):
     # A limit on the size of files makes write() fail as a full disk does, with another error number
-    command = f"trap '' XFSZ; ulimit -f 2000; exec {sys.executable} {ROOT}/gen_spectrograms.py --data {clips} --n-chunks 1"
+    command = (
+        f"trap '' XFSZ; ulimit -f 2000; exec {sys.executable} {ROOT}/gen_spectrograms.py --data {clips} --n-chunks 1"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "spectrograms_0.npy" in done.stderr

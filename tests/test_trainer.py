@@ -23,7 +23,22 @@ from tagger import load_checkpoint
 from trainer import Settings, Training, epoch_batches, learning_rate_at, split_by_artist, split_clips, split_sizes
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
-TINY = ["--epochs", 3, "--train-size", 8, "--validation-size", 3, "--batch-size", 2, "--super-batch-size", 5, "--learning-rate", 1e-4, "--drop-after", 2]
+TINY = [
+    "--epochs",
+    3,
+    "--train-size",
+    8,
+    "--validation-size",
+    3,
+    "--batch-size",
+    2,
+    "--super-batch-size",
+    5,
+    "--learning-rate",
+    1e-4,
+    "--drop-after",
+    2,
+]
 
 
 def sha(rows):
@@ -105,7 +120,8 @@ def test_the_real_tables_split_as_published(shared, real_tables):
         assert sorted(np.concatenate([train, validation, test])) == list(range(25863))
         in_training = {kind: {getattr(info[row], kind) for row in train} for kind in ("track", "album", "artist")}
         share = {
-            kind: np.mean([getattr(info[row], kind) in trained for row in test]) for kind, trained in in_training.items()
+            kind: np.mean([getattr(info[row], kind) in trained for row in test])
+            for kind, trained in in_training.items()
         }
         return (len(train), len(validation), len(test)), {kind: round(100 * value) for kind, value in share.items()}
 
@@ -240,9 +256,9 @@ def test_only_a_strictly_better_score_is_saved(small, tmp_path, monkeypatch):
 
 def test_the_loop_feeds_the_right_clips_in_the_right_order(small, monkeypatch):
     training = training_on(small, batch_size=2, super_batch_size=5)
-    normalized = (np.concatenate(training.feeder.dump.chunks) - training.record["normalization"]["mean"].numpy()[:, None]) / (
-        training.record["normalization"]["std"].numpy()[:, None]
-    )
+    normalized = (
+        np.concatenate(training.feeder.dump.chunks) - training.record["normalization"]["mean"].numpy()[:, None]
+    ) / (training.record["normalization"]["std"].numpy()[:, None])
     fed = []
 
     def step(clips, rows, n_clips):
@@ -280,7 +296,7 @@ def test_a_tag_of_one_class_in_validation_is_named_once(small, uninterrupted):
 def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, run_script):
     write_dump(tmp_path, n_clips=3)
     done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path, "--epochs", 1)
-    assert "no score to choose by" in done.stdout and "same proportions" in done.stdout
+    assert "no score can choose" in done.stdout and "same proportions" in done.stdout
     assert "validation ROC-AUC undefined (epoch 1), test ROC-AUC undefined" in done.stdout
 
 
