@@ -298,7 +298,7 @@ class Dump:
 
     def _band_sums_of_chunk(self, index, sums, bar, clips_at_once=8):
         chunk, file = self.chunks[index], self.files[index]
-        crc = zlib.crc32(file.read_bytes() if not len(chunk) else _header_bytes(file, chunk))
+        crc = zlib.crc32(_header_bytes(file, chunk))
         for start in range(0, len(chunk), clips_at_once):
             clips = chunk[start : start + clips_at_once]
             crc = zlib.crc32(clips, crc)

@@ -16,6 +16,7 @@ import scores
 from common import ROOT, InputError, run, settings_from_command_line, whole_file
 from dump import Dump, Feeder
 from model import choose_device
+from scores import shown
 from tagger import Tagger, load_checkpoint, network_of, predict, taggram
 from tags import clip_info_of, select_tags
 
@@ -220,10 +221,6 @@ def bracketed(row, score):
     if row[score] is None:
         return "one class only"
     return f"{row[score]:.3f} [{row[f'{score}_low']:.3f}, {row[f'{score}_high']:.3f}]"
-
-
-def shown(value):
-    return "undefined" if value is None else f"{value:.4f}"
 
 
 def shown_with_interval(score):

@@ -36,6 +36,11 @@ def macro(per_tag):
         return np.nanmean(per_tag, axis=-1)
 
 
+def shown(score):
+    """Return a score as it is printed; None is one that no tag or clip has."""
+    return "undefined" if score is None else f"{score:.4f}"
+
+
 class Bootstrap(NamedTuple):
     """Scores of every resample: (resamples, tags) each."""
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import ROOT, InputError, run, settings_from_command_line, whole_file
 from dump import Dump, Feeder, band_normalization
 from model import MultiScaleCNN, choose_device, initialize
-from scores import PAPER_SIZES, compare_with_paper, macro, roc_auc
+from scores import PAPER_SIZES, compare_with_paper, macro, roc_auc, shown
 from tagger import load_checkpoint, predict
 from tags import clip_info_of, select_tags
 
@@ -480,10 +480,6 @@ class Training:
         validation, test = shown(chosen["validation_roc_auc"]), shown(self.score(self.test))
         say(f"best validation ROC-AUC {validation} (epoch {chosen['epoch']}), test ROC-AUC {test}")
         say(compare_with_paper(best))
-
-
-def shown(auc):
-    return "undefined" if auc is None else f"{auc:.4f}"
 
 
 def share_of_this_process(rows):
