@@ -62,6 +62,7 @@ FRONT_END = {
 SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
 CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
 FRAMES_AT_ONCE = 64  # stay in the cache from the window to the mel bands
+CLIPS_AT_ONCE = 8  # are decoded, then transformed: each step's code stays in the cache for several clips
 READ_SECONDS = 31  # of a longer file: more than the 628 frames and the resampler reach
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
@@ -142,13 +143,17 @@ def resample(samples, sample_rate):
         return samples
     resampled = soxr.resample(samples, sample_rate, SAMPLE_RATE, quality="HQ")
     length = int(np.ceil(len(samples) * SAMPLE_RATE / sample_rate))  # librosa rounds up, soxr to the nearest
-    missing = np.zeros(max(0, length - len(resampled)), np.float32)
-    return np.concatenate([resampled[:length], missing])
+    return _padded(resampled[:length], length)
 
 
 def pad_clip(samples):
     """Return samples at 11,025 Hz with silence after them if they are too short for 628 frames."""
-    return np.pad(samples, (0, max(0, CLIP_SAMPLES - len(samples))))
+    return _padded(samples, CLIP_SAMPLES)
+
+
+def _padded(samples, length):
+    missing = length - len(samples)
+    return np.concatenate([samples, np.zeros(missing, np.float32)]) if missing > 0 else samples
 
 
 def log_mel(samples, n_frames=N_FRAMES):
@@ -164,14 +169,14 @@ def log_mel(samples, n_frames=N_FRAMES):
     samples = samples[: (n_frames - 1) * HOP_LENGTH + half]  # what the last frame reaches
     reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
     frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
-    mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
-    with torch.inference_mode():
-        for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
-            spectrum = torch.fft.rfft(some_frames * window)
-            squares = torch.view_as_real(spectrum).square_().flatten(1)
-            for bands, columns, weights in filters:
-                torch.mm(squares[:, columns], weights, out=their_mel[:, bands])
-    return mel.clamp_(min=FRONT_END["floor"]).log_().T.float().contiguous().numpy()
+    mel = np.empty((n_frames, N_MELS))
+    for start in range(0, n_frames, FRAMES_AT_ONCE):
+        some = slice(start, start + FRAMES_AT_ONCE)
+        with torch.inference_mode():
+            squares = torch.view_as_real(torch.fft.rfft(frames[some] * window)).square_().flatten(1).numpy()
+        for bands, columns, weights in filters:
+            np.matmul(squares[:, columns], weights, out=mel[some, bands])
+    return np.log(np.maximum(mel, FRONT_END["floor"])).T.astype(np.float32, order="C")
 
 
 @functools.cache
@@ -191,7 +196,7 @@ def _window_and_filters(bands_at_once=16):
         used = np.flatnonzero(mel[bands].any(axis=0))
         columns = slice(2 * used[0], 2 * used[-1] + 2)
         weights = np.repeat(mel[bands, used[0] : used[-1] + 1], 2, axis=1).T
-        filters.append((bands, columns, torch.from_numpy(weights).contiguous()))
+        filters.append((bands, columns, np.ascontiguousarray(weights)))
     return window, filters
 
 
@@ -270,41 +275,41 @@ def make_chunks(tasks):
     import soundfile, soxr, torch  # noqa: E401, F401 - once, for all the processes that are forked below
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    n_complete = context.RawArray("q", len(tasks))  # no locks: a killed worker can't leave one held
+    n_read = context.RawArray("q", len(tasks))  # no locks: a killed worker can't leave one held
     workers, complaints = [], []
     for slot, (chunk, mp3_paths) in enumerate(tasks):
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=make_chunk, args=(chunk, mp3_paths, n_complete, slot, sender, os.getpid()))
+        worker = context.Process(target=make_chunk, args=(chunk, mp3_paths, n_read, slot, sender, os.getpid()))
         worker.start()
         sender.close()
         workers.append(worker)
         complaints.append(receiver)
     try:
-        _watch(workers, n_complete, sum(chunk.n_clips for chunk, _ in tasks))
+        _watch(workers, n_read, sum(chunk.n_clips for chunk, _ in tasks))
     finally:
         for worker in workers:
             worker.terminate()
-    for worker, complaint, (chunk, mp3_paths), n_done in zip(workers, complaints, tasks, n_complete):
+    for worker, complaint, (chunk, mp3_paths), n_done in zip(workers, complaints, tasks, n_read):
         worker.join()
         if worker.exitcode:
             try:
                 reason = complaint.recv()
             except EOFError:
                 reason = f"its process died (exit status {worker.exitcode})"
-            at = f" at {mp3_paths[n_done]}" if n_done < len(mp3_paths) else ""
+            at = f", near {mp3_paths[n_done]}" if n_done < len(mp3_paths) else ""
             raise InputError(f"{chunk.file}{at}: {reason}; the same command goes on from there")
 
 
-def _watch(workers, n_complete, n_clips):
+def _watch(workers, n_read, n_clips):
     """Show progress until every worker has ended, however it ends."""
     running = {worker.sentinel for worker in workers}
     with tqdm(total=n_clips, unit="clip", mininterval=0.5, smoothing=0.05) as bar:
         while running:
             running -= set(wait(running, timeout=0.1))
-            bar.update(sum(n_complete) - bar.n)
+            bar.update(sum(n_read) - bar.n)
 
 
-def make_chunk(chunk, mp3_paths, n_complete, slot, complain, parent):
+def make_chunk(chunk, mp3_paths, n_read, slot, complain, parent):
     """Worker process: make one chunk, from its first missing clip."""
     import torch
 
@@ -314,12 +319,16 @@ def make_chunk(chunk, mp3_paths, n_complete, slot, complain, parent):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # mp3 decoding comments on every damaged frame
     try:
         with chunk_writer(chunk) as (n_done, append):
-            n_complete[slot] = n_done
-            for mp3_path in mp3_paths[n_done:]:
-                append(*make_clip(chunk.file.parent, mp3_path))
-                n_complete[slot] += 1
-                if os.getppid() != parent:
-                    sys.exit("the parent process is gone")
+            n_read[slot] = n_done
+            for start in range(n_done, len(mp3_paths), CLIPS_AT_ONCE):
+                clips = []
+                for mp3_path in mp3_paths[start : start + CLIPS_AT_ONCE]:
+                    clips.append(read_clip(chunk.file.parent, mp3_path))
+                    n_read[slot] += 1
+                for samples, outcome, reason in clips:
+                    append(None if samples is None else log_mel(samples), outcome, reason)
+                    if os.getppid() != parent:
+                        sys.exit("the parent process is gone")
     except InputError as error:
         complain.send(str(error))
         sys.exit(1)
@@ -332,8 +341,8 @@ def make_chunk(chunk, mp3_paths, n_complete, slot, complain, parent):
         raise
 
 
-def make_clip(data, mp3_path):
-    """Return (spectrogram, outcome, reason) of one clip, whatever its file is; a spectrogram of None is all zeros."""
+def read_clip(data, mp3_path):
+    """Return (samples, outcome, reason) of one clip, whatever its file is; None for samples if it can't be used."""
     inside = os.path.normpath(mp3_path)
     if os.path.isabs(inside) or inside.startswith(".."):
         return None, "zero", "path outside the data folder"
@@ -343,8 +352,8 @@ def make_clip(data, mp3_path):
     except InputError as error:
         return None, "zero", str(error).removeprefix(f"{path}: ")
     if len(samples) < CLIP_SAMPLES:
-        return log_mel(pad_clip(samples)), "padded", f"{len(samples) / SAMPLE_RATE:.2f} s long"
-    return log_mel(samples), "", ""
+        return pad_clip(samples), "padded", f"{len(samples) / SAMPLE_RATE:.2f} s long"
+    return samples, "", ""
 
 
 def finish(data, annotations, chunks):

@@ -21,7 +21,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import gen_spectrograms  # noqa: E402
-from common import InputError, run, settings_from_command_line  # noqa: E402
+from common import InputError, keep_freed_memory, run, settings_from_command_line  # noqa: E402
 from dump import CLIP_BYTES, N_FRAMES, N_MELS, Dump, chunk_writer, crc_of_file, read_manifest  # noqa: E402
 from tags import annotations_path, read_annotations  # noqa: E402
 
@@ -43,16 +43,17 @@ class Settings:
     only: tuple[RowName, ...] = get_args(RowName)  # rows to measure; full-size needs --full-size
     rounds: int = 7  # measured of each side in turn
     clips: int = 480  # of one run of gen_spectrograms.py and of its baseline
-    full_size: Optional[Path] = None  # folder of the full-size dump; random numbers (8.3 GB) if it is empty
+    full_size: Path | None = None  # folder of the full-size dump; random numbers (8.3 GB) if it is empty
     n_clips: int = 25863  # of that dump
     n_steps: int = 100  # of training on it, for the memory; 94 batches are fetched ahead
     gpu: bool = False  # only measure 40 epochs on a CUDA GPU, on the dump of --full-size
     profile: bool = False  # only print what takes the time of a training step
-    baseline_spectrograms: Optional[Path] = None  # only make this folder's spectrograms by the original's recipe
+    baseline_spectrograms: Path | None = None  # only make this folder's spectrograms by the original's recipe
 
 
 SHARED = ROOT.parent / "shared"  # real clips and tags, where they are beside the checkout
 BATCH, EVALUATED = 32, 128  # clips of a step and of one round of evaluation
+CLIPS_AT_ONCE = gen_spectrograms.CLIPS_AT_ONCE
 SYNTHETIC = "Random spectrograms by tests/benchmark.py, to measure time and memory. Scores on them mean nothing.\n"
 
 
@@ -109,6 +110,28 @@ def print_table(rows):
     print("| what | baseline | ours | ratio (of all rounds) | to reach | reached? |\n|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
+
+
+def in_two_processes(baseline, ours, rounds):
+    """Return the seconds, (2, rounds), that each side takes in turn, in a process of its own.
+
+    A side is a function, which returns what is to be timed, and its arguments. Ours tells the C library to keep
+    freed memory, from which the baseline must not profit.
+    """
+    new = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, new, prepare, baseline) as one, ProcessPoolExecutor(1, new, prepare, ours) as other:
+        return interleave(lambda: one.submit(measure).result(), lambda: other.submit(measure).result(), rounds, 2)
+
+
+def prepare(side, *arguments):
+    global prepared
+    sys.stdout = sys.stderr  # notes on a tiny dump are no part of the table
+    prepared = side(*arguments)
+
+
+def measure():
+    time.sleep(0.3)  # threads of the other side may spin for a moment after their work
+    return timed(prepared)
 
 
 def say(text):
@@ -192,19 +215,31 @@ def find_clips(scratch):
 
 
 def one_clip_row(settings, scratch):
+    clips, n_rounds = find_clips(scratch), settings.rounds * 60 // CLIPS_AT_ONCE
+    seconds = in_two_processes((plain_decoding, *clips), (our_worker, *clips), n_rounds)
+    what = f"One clip, one thread, in groups of {CLIPS_AT_ONCE} as a worker makes them; baseline: its decoding"
+    return [compare(what, "ms", 1000 * seconds / CLIPS_AT_ONCE, at_most=2.3)]
+
+
+def plain_decoding(folder, mp3_paths):
     import soundfile
+
+    paths = itertools.cycle(folder / path for path in mp3_paths)
+    return lambda: [soundfile.read(path, dtype="float32") for path in itertools.islice(paths, CLIPS_AT_ONCE)]
+
+
+def our_worker(folder, mp3_paths):
     import torch
 
     torch.set_num_threads(1)
-    folder, mp3_paths = find_clips(scratch)
-    paths, same_paths = (itertools.cycle([folder / path for path in mp3_paths]) for _ in range(2))
-    seconds = interleave(
-        lambda: timed(soundfile.read, next(paths), dtype="float32"),
-        lambda: timed(gen_spectrograms.log_mel_spectrogram, next(same_paths)),
-        rounds=settings.rounds * len(mp3_paths),
-        warm_up=2,
-    )
-    return [compare("One clip, one thread; baseline: its decoding", "ms", 1000 * seconds, at_most=2.3)]
+    keep_freed_memory()
+    paths = itertools.cycle(mp3_paths)
+
+    def make_clips():
+        clips = [gen_spectrograms.read_clip(folder, path) for path in itertools.islice(paths, CLIPS_AT_ONCE)]
+        return [gen_spectrograms.log_mel(samples) for samples, _, _ in clips]
+
+    return make_clips
 
 
 def memory_row(settings, scratch):
@@ -214,7 +249,7 @@ def memory_row(settings, scratch):
     return [limit(what, "GB", peak / 1e9, at_most=2)]
 
 
-# The network. Each side lives in a process of its own, because ours tells the C library to keep freed memory.
+# The network
 
 
 def step_row(settings, scratch):
@@ -228,27 +263,12 @@ def evaluation_row(settings, scratch):
 
 
 def seconds_of_network(what, rounds, scratch):
-    data, new = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED), multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(1, new, initializer=prepare, initargs=(plain_side, what, data)) as plain,
-        ProcessPoolExecutor(1, new, initializer=prepare, initargs=(our_side, what, data)) as ours,
-    ):
-        return interleave(lambda: plain.submit(measure).result(), lambda: ours.submit(measure).result(), rounds, 2)
+    data = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED)
+    return in_two_processes((plain_side, what), (our_side, what, data), rounds)
 
 
-def prepare(side, what, data):
-    global prepared
-    sys.stdout = sys.stderr  # the trainer's notes on the tiny dump are no part of the table
-    prepared = side(data)[what]
-
-
-def measure():
-    time.sleep(0.3)  # threads of the other side may spin for a moment after their work
-    return timed(prepared)
-
-
-def our_side(data, device="cpu", precision="float32"):
-    """Return the trainer's own step, and the tagger's own prediction, which reads its clips from the dump."""
+def our_side(what, data, device="cpu", precision="float32"):
+    """Return the trainer's own step, or the tagger's own prediction, which reads its clips from the dump."""
     from model import choose_device
     from tagger import predict
     from trainer import Settings, Training
@@ -263,10 +283,13 @@ def our_side(data, device="cpu", precision="float32"):
         training.net.train()
         training.train_step(clips, training.train, BATCH).item()
 
-    return {"step": step, "evaluation": lambda: predict(training.net, training.feeder, training.validation, BATCH)}
+    def evaluation():
+        predict(training.net, training.feeder, training.validation, BATCH)
+
+    return {"step": step, "evaluation": evaluation}[what]
 
 
-def plain_side(data):
+def plain_side(what):
     """Return the same for the network as anyone would first write it, with its clips ready in memory."""
     import torch
     import torch.nn.functional as F
@@ -284,12 +307,12 @@ def plain_side(data):
         loss.item()
 
     @torch.no_grad()
-    def evaluate():
+    def evaluation():
         net.eval()
         for _ in range(EVALUATED // BATCH):
             torch.sigmoid(net(clips)).numpy()
 
-    return {"step": step, "evaluation": evaluate}
+    return {"step": step, "evaluation": evaluation}[what]
 
 
 def plain_network():
@@ -327,7 +350,7 @@ def profile_step(scratch):
 
     data = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED)
     for device, precision in (("cpu", "float32"), ("cuda", "bfloat16"))[: 1 + torch.cuda.is_available()]:
-        step = our_side(data, device, precision)["step"]
+        step = our_side("step", data, device, precision)
         for _ in range(2):
             step()
         with torch.profiler.profile() as profiler:  # of all there is, CPU and GPU

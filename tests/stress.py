@@ -39,7 +39,7 @@ from librosa.feature import melspectrogram
 import get_data
 from common import InputError, run, settings_from_command_line
 from dump import Dump
-from gen_spectrograms import make_clip
+from gen_spectrograms import log_mel, read_clip
 from tagger import load_checkpoint, network_of
 from tags import read_annotations
 
@@ -297,9 +297,10 @@ def spoil(path, content, other, rng):
 
 def mp3(good, case, rng):
     spoil(case / "clip.mp3", *rng.sample(good.mp3s, 2), rng)
-    spectrogram, outcome, reason = make_clip(case, "clip.mp3")
+    samples, outcome, reason = read_clip(case, "clip.mp3")
     if outcome == "zero":
         raise InputError(reason)
+    spectrogram = log_mel(samples)
     samples, _ = load(case / "clip.mp3", sr=11025, duration=31)
     samples = np.pad(samples, (0, max(0, 627 * 512 - len(samples))))
     mel = melspectrogram(y=samples, sr=11025, n_fft=2048, hop_length=512, pad_mode="reflect")
@@ -310,7 +311,7 @@ def tables(good, case, rng):
     spoil(case / "tags.csv", rng.choice(good.tables), good.music / "clip_info_final.csv", rng)
     found = read_annotations(case / "tags.csv")
     for mp3_path in found.mp3_paths:
-        make_clip(case, mp3_path)  # whatever the path is
+        read_clip(case, mp3_path)  # whatever the path is
     text = io.StringIO((case / "tags.csv").read_bytes().decode("utf-8-sig"), newline="")
     header, *rows = filter(None, csv.reader(text, dialect="excel-tab"))
     found_rows = list(zip(found.ids.tolist(), found.labels.astype(str).tolist(), found.mp3_paths))
