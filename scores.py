@@ -7,8 +7,8 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score
+
+# SciPy and scikit-learn are imported where they are used: they take a second, for which --help should not wait.
 
 PAPER = {"validation": 0.904, "test": 0.900}  # macro ROC-AUC that the paper reports
 PAPER_SIZES = {"train": 18000, "validation": 2000, "test": 5863}  # clips
@@ -16,11 +16,15 @@ PAPER_SIZES = {"train": 18000, "validation": 2000, "test": 5863}  # clips
 
 def roc_auc(labels, probabilities):
     """Return each tag's ROC-AUC over all clips at once: (tags,), from (clips, tags) of 0/1 and of scores."""
+    from sklearn.metrics import roc_auc_score
+
     return _per_tag(roc_auc_score, labels, probabilities)
 
 
 def average_precision(labels, probabilities):
     """Return each tag's average precision, the area under its precision-recall curve: (tags,)."""
+    from sklearn.metrics import average_precision_score
+
     return _per_tag(average_precision_score, labels, probabilities)
 
 
@@ -117,6 +121,8 @@ def interval(resampled):
 
 def clip_roc_auc(labels, probabilities):
     """Return each clip's ROC-AUC over its tags: (clips,)."""
+    from scipy.stats import rankdata
+
     n_positive = labels.sum(axis=1, dtype=float)
     n_negative = labels.shape[1] - n_positive
     rank_sum = (rankdata(probabilities, axis=1) * labels).sum(axis=1)

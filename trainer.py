@@ -237,6 +237,10 @@ def split_by_artist(artists, train_size, validation_size, rng):
 def divide_clips(settings, dump, rng):
     """Return (train, validation, test) rows of the dump by `settings.split`."""
     if settings.split == "folder":
+        if dump.mp3_paths is None:
+            raise InputError(
+                f"{dump.data}: --split folder needs the clips' paths; make the dump with gen_spectrograms.py"
+            )
         parts = split_by_folder(dump.mp3_paths, rng)
     else:
         sizes = split_sizes(len(dump), settings.train_size, settings.validation_size)

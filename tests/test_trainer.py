@@ -20,7 +20,16 @@ from conftest import ROOT, write_dump
 from dump import Dump, band_normalization
 from model import MultiScaleCNN, initialize
 from tagger import load_checkpoint
-from trainer import Settings, Training, epoch_batches, learning_rate_at, split_by_artist, split_clips, split_sizes
+from trainer import (
+    Settings,
+    Training,
+    divide_clips,
+    epoch_batches,
+    learning_rate_at,
+    split_by_artist,
+    split_clips,
+    split_sizes,
+)
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
 TINY = [
@@ -309,15 +318,22 @@ def test_spectrograms_and_labels_that_do_not_belong_together(small, tmp_path, ru
     assert "don't belong together" in done.stderr and "19 ids" in done.stderr
 
 
+def test_a_dump_without_paths_is_not_divided_by_folder(small, tmp_path):
+    for path in small.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "dump.json").unlink()
+    with pytest.raises(InputError, match="--split folder needs the clips' paths"):
+        divide_clips(Settings(split="folder"), Dump(tmp_path), np.random.RandomState(1337))
+
+
 def test_training_and_scoring_need_no_audio_library():
     code = "import trainer, evaluate, sys; assert not {'librosa', 'soundfile', 'soxr'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_two_processes_train_as_one(small, tmp_path):
-    settings = ["--precision", "float64", "--train-size", 5, "--batch-size", 3, "--epochs", 1]
+    settings = ["--precision", "float64", "--batch-size", 3, "--epochs", 1]  # 3 steps, of 3, 2 and 3 clips
     alone = train(small, tmp_path / "alone", *settings)
-    assert alone.wait(120) == 0, alone.stderr.read()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     arguments = ["--data", small, "--experiments", tmp_path / "pair", *TINY, *settings]
     together = subprocess.run(
@@ -328,6 +344,7 @@ def test_two_processes_train_as_one(small, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert together.returncode == 0, together.stderr
+    assert alone.wait(120) == 0, alone.stderr.read()
     one, two = (load_checkpoint(tmp_path / where / "paper/last.pt") for where in ("alone", "pair"))
     assert abs(one["history"][-1]["loss"] - two["history"][-1]["loss"]) < 1e-9
     for name, weights in one["weights"].items():
