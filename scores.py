@@ -15,22 +15,32 @@ PAPER_SIZES = {"train": 18000, "validation": 2000, "test": 5863}  # clips
 
 
 def roc_auc(labels, probabilities):
-    """Return each tag's ROC-AUC over all clips at once: (tags,), from (clips, tags) of 0/1 and of scores."""
-    from sklearn.metrics import roc_auc_score
+    """Return each tag's ROC-AUC over all clips at once: (tags,), from (clips, tags) of 0/1 and of scores.
 
-    return _per_tag(roc_auc_score, labels, probabilities)
+    It is Mann and Whitney's statistic: how often a positive ranks above a negative, where a tie counts half.
+    """
+    from scipy.stats import rankdata
+
+    n_positive = labels.sum(axis=0, dtype=float)
+    n_negative = len(labels) - n_positive
+    rank_sum = (rankdata(probabilities, axis=0) * labels).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+
+
+def clip_roc_auc(labels, probabilities):
+    """Return each clip's ROC-AUC over its tags: (clips,)."""
+    return roc_auc(labels.T, probabilities.T)
 
 
 def average_precision(labels, probabilities):
     """Return each tag's average precision, the area under its precision-recall curve: (tags,)."""
     from sklearn.metrics import average_precision_score
 
-    return _per_tag(average_precision_score, labels, probabilities)
+    def of_one_tag(label, scores):
+        return average_precision_score(label, scores) if 0 < label.sum() < len(label) else np.nan
 
-
-def _per_tag(score, labels, probabilities):
-    columns = zip(labels.T, probabilities.T)
-    return np.array([score(label, scores) if 0 < label.sum() < len(label) else np.nan for label, scores in columns])
+    return np.array([of_one_tag(*column) for column in zip(labels.T, probabilities.T)])
 
 
 def macro(per_tag):
@@ -117,17 +127,6 @@ def interval(resampled):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a tag without a score in any resample
         return np.nanpercentile(resampled, [2.5, 97.5], axis=0)
-
-
-def clip_roc_auc(labels, probabilities):
-    """Return each clip's ROC-AUC over its tags: (clips,)."""
-    from scipy.stats import rankdata
-
-    n_positive = labels.sum(axis=1, dtype=float)
-    n_negative = labels.shape[1] - n_positive
-    rank_sum = (rankdata(probabilities, axis=1) * labels).sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
 
 def precision_at(k, labels, probabilities):

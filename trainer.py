@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,6 +61,7 @@ class Settings:
     compile: bool = False  # torch.compile the network: slower to start, faster after
 
 
+SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, which short epochs would feel
 NOT_HYPERPARAMETERS = {"data", "experiments", "name", "resume", "overwrite", "device", "compile"}
 
 
@@ -291,6 +293,7 @@ class Training:
         self.net = net.to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.net.parameters(), settings.learning_rate, fused=True)
         self.epoch, self.history = 0, []
+        self.drawn_at = -np.inf
         self.record = self._record_of(dump)
         self.check_labels()
 
@@ -433,7 +436,10 @@ class Training:
             table = csv.DictWriter(file, self.history[0])
             table.writeheader()
             table.writerows(self.history)
-        training_curves(folder / "curves.png", self.history, synthetic=self.record["synthetic"])
+        is_last = self.epoch == self.settings.epochs
+        if is_last or time.monotonic() - self.drawn_at > SECONDS_BETWEEN_PICTURES:
+            training_curves(folder / "curves.png", self.history, synthetic=self.record["synthetic"])
+            self.drawn_at = time.monotonic()
 
     def score(self, rows):
         """Return the macro ROC-AUC on `rows`, over all of them at once; None if no tag has one."""
