@@ -169,14 +169,13 @@ def log_mel(samples, n_frames=N_FRAMES):
     samples = samples[: (n_frames - 1) * HOP_LENGTH + half]  # what the last frame reaches
     reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
     frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
-    mel = np.empty((n_frames, N_MELS))
-    for start in range(0, n_frames, FRAMES_AT_ONCE):
-        some = slice(start, start + FRAMES_AT_ONCE)
-        with torch.inference_mode():
-            squares = torch.view_as_real(torch.fft.rfft(frames[some] * window)).square_().flatten(1).numpy()
-        for bands, columns, weights in filters:
-            np.matmul(squares[:, columns], weights, out=mel[some, bands])
-    return np.log(np.maximum(mel, FRONT_END["floor"])).T.astype(np.float32, order="C")
+    mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
+    with torch.inference_mode():
+        for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
+            squares = torch.view_as_real(torch.fft.rfft(some_frames * window)).square_().flatten(1)
+            for bands, columns, weights in filters:
+                torch.mm(squares[:, columns], weights, out=their_mel[:, bands])
+    return np.log(np.maximum(mel.numpy(), FRONT_END["floor"])).T.astype(np.float32, order="C")
 
 
 @functools.cache
@@ -196,7 +195,7 @@ def _window_and_filters(bands_at_once=16):
         used = np.flatnonzero(mel[bands].any(axis=0))
         columns = slice(2 * used[0], 2 * used[-1] + 2)
         weights = np.repeat(mel[bands, used[0] : used[-1] + 1], 2, axis=1).T
-        filters.append((bands, columns, np.ascontiguousarray(weights)))
+        filters.append((bands, columns, torch.from_numpy(weights).contiguous()))
     return window, filters
 
 

@@ -1,6 +1,7 @@
 """What the tests share: how a script is run, and where the optional real data lies."""
 
 import gzip
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from tags import read_annotations
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+# A shell's background job ignores Ctrl-C and hands that on to the scripts it starts, which tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
