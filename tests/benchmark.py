@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import gen_spectrograms  # noqa: E402
 from common import InputError, keep_freed_memory, run, settings_from_command_line  # noqa: E402
 from dump import CLIP_BYTES, N_FRAMES, N_MELS, Dump, chunk_writer, crc_of_file, read_manifest  # noqa: E402
+from gen_spectrograms import CLIPS_AT_ONCE  # noqa: E402
 from tags import annotations_path, read_annotations  # noqa: E402
 
 # torch, librosa and demo are imported where they are used: no timed process is to start with what it does not need.
@@ -53,7 +54,6 @@ class Settings:
 
 SHARED = ROOT.parent / "shared"  # real clips and tags, where they are beside the checkout
 BATCH, EVALUATED = 32, 128  # clips of a step and of one round of evaluation
-CLIPS_AT_ONCE = gen_spectrograms.CLIPS_AT_ONCE
 SYNTHETIC = "Random spectrograms by tests/benchmark.py, to measure time and memory. Scores on them mean nothing.\n"
 
 
@@ -215,8 +215,9 @@ def find_clips(scratch):
 
 
 def one_clip_row(settings, scratch):
-    clips, n_rounds = find_clips(scratch), settings.rounds * 60 // CLIPS_AT_ONCE
-    seconds = in_two_processes((plain_decoding, *clips), (our_worker, *clips), n_rounds)
+    folder, mp3_paths = find_clips(scratch)
+    sides = [(side, folder, mp3_paths) for side in (plain_decoding, our_worker)]
+    seconds = in_two_processes(*sides, settings.rounds * len(mp3_paths) // CLIPS_AT_ONCE)
     what = f"One clip, one thread, in groups of {CLIPS_AT_ONCE} as a worker makes them; baseline: its decoding"
     return [compare(what, "ms", 1000 * seconds / CLIPS_AT_ONCE, at_most=2.3)]
 

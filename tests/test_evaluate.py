@@ -229,9 +229,8 @@ def test_a_clip_is_tagged_as_it_is_evaluated(tagger, tmp_path):
 
 def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
     samples = music(60)[:, 0]
-    starts = np.linspace(0, len(samples) - CLIP_SAMPLES, 4).astype(
-        int
-    )  # 31 s beyond the first window, 14.6 s at most each
+    # The 31 s beyond the first window take three steps of 14.6 s at most
+    starts = np.linspace(0, len(samples) - CLIP_SAMPLES, 4).astype(int)
     clips = windows(samples)
     assert len(clips) == 4
     expected = []
