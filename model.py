@@ -3,21 +3,23 @@
 Run as a script, prints the layers with the sizes of their outputs.
 """
 
+import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
+
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
-from common import InputError, keep_freed_memory, run, settings_from_command_line
+from lib.common import Range, run, settings_from_command_line
+from lib.parallel import sum_over_processes
 
 
 @dataclass(frozen=True)
 class Settings:
-    n_tags: int = 50  # outputs
+    n_tags: Annotated[int, Range(1, 100_000)] = 50  # outputs
 
 
 N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
@@ -123,19 +125,13 @@ class FeatureBatchNorm(nn.Module):
         return (features - mean) * torch.rsqrt(var + self.epsilon) * self.scale + self.shift
 
     def _batch_statistics(self, features):
-        n_clips = sum_over_processes(features.new_tensor(float(len(features))))
+        n_clips = sum_over_processes(features.new_full((), len(features)))
         mean = sum_over_processes(features.sum(dim=0)) / n_clips
         var = sum_over_processes((features - mean).square().sum(dim=0)) / n_clips
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var, self.momentum)
         return mean, var
-
-
-def sum_over_processes(tensor):
-    """Return the sum of `tensor` over all training processes, and let gradients flow back to each of them."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return all_reduce(tensor) if several else tensor
 
 
 class BatchDropout(nn.Module):
@@ -186,23 +182,6 @@ def _glorot_normal(rng, shape):
     else:
         fan_in, fan_out = shape
     return rng.normal(0, np.sqrt(2 / (fan_in + fan_out)), shape)
-
-
-def choose_device(name):
-    """Return the torch.device called `name`; for "auto" a CUDA GPU, else Apple's, else the CPU.
-
-    Raises InputError for a device that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
 
 
 if __name__ == "__main__":

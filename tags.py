@@ -3,20 +3,22 @@
 Run as a script, prints the tags that training would use, with their counts.
 """
 
+import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
+
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from common import ROOT, InputError, run, settings_from_command_line
+from lib.common import ROOT, InputError, Range, run, settings_from_command_line
 
 
 @dataclass(frozen=True)
 class Settings:
     data: Path = ROOT / "data"  # folder with tags.csv (or annotations_final.csv)
-    n_tags: int = 50  # how many of the most frequent tags to keep
+    n_tags: Annotated[int, Range(1)] = 50  # how many of the most frequent tags to keep
     merge_tags: bool = True  # merge synonyms first
 
 
@@ -88,25 +90,21 @@ def read_annotations(path):
     Quotes, a byte-order mark and either line ending are optional. Raises InputError with the line number
     where a row has another number of columns, a value other than 0 or 1, or a clip id that is not a new integer.
     """
-    header, rows = _read_table(path, first="clip_id", last="mp3_path")
-    tag_names = header[1:-1]
-    ids, paths, labels = [], [], np.zeros((len(rows), len(tag_names)), np.uint8)
-    line_of = {}
-    for row, (line, fields) in enumerate(rows):
-        clip = _clip_id(path, line, fields[0])
+    header, rows = _read_table(path)
+    tag_names, line_of = header[1:-1], {}
+    labels = np.zeros((len(rows), len(tag_names)), np.uint8)
+    for row, (line, (clip_id, *values, mp3_path)) in enumerate(rows):
+        clip = _clip_id(path, line, clip_id)
         if clip in line_of:
             raise InputError(f"{path}, line {line}: clip {clip} is there already, on line {line_of[clip]}")
         line_of[clip] = line
-        values = fields[1:-1]
-        if not set(values) <= {"0", "1"}:
-            column = next(i for i, value in enumerate(values) if value not in ("0", "1"))
-            raise InputError(f"{path}, line {line}: {tag_names[column]!r} is {values[column]!r}; it must be 0 or 1")
-        if not fields[-1] or "\0" in fields[-1]:
+        for name, value in zip(tag_names, values):
+            if value not in ("0", "1"):
+                raise InputError(f"{path}, line {line}: {name!r} is {value!r}; it must be 0 or 1")
+        if not mp3_path or "\0" in mp3_path:
             raise InputError(f"{path}, line {line}: clip {clip} has no mp3_path")
-        ids.append(clip)
-        paths.append(fields[-1])
         labels[row] = [value == "1" for value in values]
-    return Annotations(np.array(ids, np.int64), labels, tag_names, paths)
+    return Annotations(np.array(list(line_of), np.int64), labels, tag_names, [fields[-1] for _, fields in rows])
 
 
 class ClipInfo(NamedTuple):
@@ -123,7 +121,7 @@ def clip_info_of(data, ids):
     Raises InputError if the table is missing, malformed, or lacks one of the clips.
     """
     path = data / "clip_info_final.csv"
-    header, rows = _read_table(path, first="clip_id", last="mp3_path")
+    header, rows = _read_table(path)
     try:
         columns = [header.index(name) for name in ("artist", "album", "track_number", "title")]
     except ValueError as error:
@@ -145,8 +143,8 @@ def _clip_id(path, line, text):
     return int(text)
 
 
-def _read_table(path, first, last):
-    """Return a tab-separated table's header and its rows as (line number, fields)."""
+def _read_table(path):
+    """Return a tab-separated table's header, clip_id to mp3_path, and its rows as (line number, fields)."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
@@ -155,23 +153,17 @@ def _read_table(path, first, last):
         raise InputError(f"{path}: not there; get_data.py downloads MagnaTagATune's") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
-    if not rows:
-        raise InputError(f"{path}: empty")
-    _, header = rows.pop(0)
-    if len(header) < 3 or header[0] != first or header[-1] != last:
-        raise InputError(
-            f"{path}, line 1: no header; it must begin with {first}, end with {last}, and be tab separated"
-        )
-    twice = {name for name in header if header.count(name) > 1}
-    if twice or "" in header:
-        raise InputError(
-            f"{path}, line 1: every column needs a name of its own ({', '.join(map(repr, twice)) or 'empty'})"
-        )
+    if len(rows) < 2:
+        raise InputError(f"{path}: a header and no clips" if rows else f"{path}: empty")
+    (_, header), *rows = rows
+    if len(header) < 3 or header[0] != "clip_id" or header[-1] != "mp3_path":
+        raise InputError(f"{path}, line 1: no header; it must begin with clip_id and end with mp3_path")
+    if len(set(header)) < len(header) or "" in header:
+        wrong = ", ".join({repr(name) for name in header if not name or header.count(name) > 1})
+        raise InputError(f"{path}, line 1: every column needs a name of its own ({wrong})")
     for line, fields in rows:
         if len(fields) != len(header):
             raise InputError(f"{path}, line {line}: {len(fields)} columns, but the header has {len(header)}")
-    if not rows:
-        raise InputError(f"{path}: a header and no clips")
     return header, rows
 
 

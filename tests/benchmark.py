@@ -1,60 +1,57 @@
 """Measure speed and memory, each speed beside a plain baseline that takes its turns in the same run.
 
 Run by hand, on a machine that does nothing else; prints a table in Markdown. --full-size PATH adds the rows that need
-a dump of MagnaTagATune's size. --gpu measures 40 epochs on it instead.
+a dump of MagnaTagATune's size; --gpu measures 40 epochs on it instead.
 """
 
 import contextlib
-import gzip
+import functools
 import itertools
 import multiprocessing
 import os
 import re
-import select
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import gen_spectrograms  # noqa: E402
-from common import InputError, keep_freed_memory, run, settings_from_command_line  # noqa: E402
-from dump import CLIP_BYTES, N_FRAMES, N_MELS, Dump, chunk_writer, crc_of_file, read_manifest  # noqa: E402
-from gen_spectrograms import CLIPS_AT_ONCE  # noqa: E402
-from tags import annotations_path, read_annotations  # noqa: E402
+import gen_spectrograms
+from lib.common import InputError, Range, run, settings_from_command_line
+from lib.dump import N_FRAMES, N_MELS, ChunkWriter, Dump, crc_of_file, dump_lock
+from tags import annotations_path, read_annotations
 
-# torch, librosa and demo are imported where they are used: no timed process is to start with what it does not need.
+# torch and librosa are imported where they are used: no timed process is to start with what it does not need.
 
-RowName = Literal["spectrograms", "one-clip", "step", "evaluation", "memory", "full-size"]
+Row = Literal["spectrograms", "step", "evaluation", "song"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    only: tuple[RowName, ...] = get_args(RowName)  # rows to measure; full-size needs --full-size
-    rounds: int = 7  # measured of each side in turn
-    clips: int = 480  # of one run of gen_spectrograms.py and of its baseline
-    full_size: Path | None = None  # folder of the full-size dump; random numbers (8.3 GB) if it is empty
-    n_clips: int = 25863  # of that dump
-    n_steps: int = 100  # of training on it, for the memory; 94 batches are fetched ahead
+    only: tuple[Row, ...] = get_args(Row)  # rows to measure
+    rounds: Annotated[int, Range(1)] = 7  # measured of each side in turn
+    clips: Annotated[int, Range(1)] = 480  # of one run of gen_spectrograms.py and of its baseline
+    full_size: Path | None = None  # folder of a full-size dump; random numbers (8.3 GB) if it is empty
+    n_clips: Annotated[int, Range(1)] = 25863  # of that dump
     gpu: bool = False  # only measure 40 epochs on a CUDA GPU, on the dump of --full-size
     profile: bool = False  # only print what takes the time of a training step
     baseline_spectrograms: Path | None = None  # only make this folder's spectrograms by the original's recipe
 
 
-SHARED = ROOT.parent / "shared"  # real clips and tags, where they are beside the checkout
+SHARED = ROOT.parent / "shared"  # real clips, where they are beside the checkout
 BATCH, EVALUATED = 32, 128  # clips of a step and of one round of evaluation
-SYNTHETIC = "Random spectrograms by tests/benchmark.py, to measure time and memory. Scores on them mean nothing.\n"
+SONG_SECONDS = 240
 
 
 def main():
@@ -62,80 +59,59 @@ def main():
     if settings.baseline_spectrograms:
         return original_spectrograms(settings.baseline_spectrograms)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        scratch = Path(scratch)
         if settings.profile:
-            return profile_step(Path(scratch))
-        print_table((gpu_rows if settings.gpu else cpu_rows)(settings, Path(scratch)))
+            return profile_step(scratch)
+        if settings.gpu:
+            return print_table(gpu_rows(settings, scratch))
+        measures = dict(zip(get_args(Row), (spectrogram_rows, step_rows, evaluation_rows, song_rows)))
+        rows = [row for name in settings.only for row in measures[name](settings, scratch)]
+        print_table(rows + (full_size_rows(settings, scratch) if settings.full_size else []))
 
 
-def cpu_rows(settings, scratch):
-    measures = (spectrogram_row, one_clip_row, step_row, evaluation_row, memory_row, full_size_rows)
-    rows = []
-    for name, measure in zip(get_args(RowName), measures):
-        if name == "full-size" in settings.only and not settings.full_size:
-            say("full-size is left out: --full-size PATH names a folder for 8.3 GB")
-        elif name in settings.only:
-            say(f"measuring {name} ...")
-            rows += measure(settings, scratch)
-    return rows
+# The table: rows of (what, baseline, ours, ratio, to reach)
 
 
-# The table: rows of (what, baseline, ours, ratio, to reach, reached)
-
-
-def interleave(baseline, ours, rounds, warm_up):
-    """Return both sides' figures, (2, rounds, ...), measured in turn after `warm_up` rounds that don't count."""
-    return np.array([(baseline(), ours()) for _ in range(warm_up + rounds)])[warm_up:].swapaxes(0, 1)
-
-
-def compare(what, unit, figures, at_least=0, at_most=np.inf):
-    """Return the row of interleaved `figures`, (2, rounds), with a limit to ours / baseline.
+def compare(what, unit, figures, to_reach):
+    """Return the row of interleaved `figures`, (2, rounds): the baseline's and ours.
 
     The ratio is the median of the rounds' own, which a change of the machine's load from round to round does not bend.
     """
     baseline, ours = (f"{side:.3g} {unit}" for side in np.median(figures, axis=1))
-    ratios = figures[1] / figures[0]
-    ratio = np.median(ratios)
-    to_reach = f"at least {at_least}x" if at_least else f"at most {at_most}x"
-    reached = "yes" if at_least <= ratio <= at_most else "NO"
-    return what, baseline, ours, f"{ratio:.2f}x ({ratios.min():.2f} to {ratios.max():.2f})", to_reach, reached
-
-
-def limit(what, unit, figure, at_most):
-    return what, "", f"{figure:.3g} {unit}", "", f"at most {at_most} {unit}", "yes" if figure <= at_most else "NO"
+    ratios = np.array(figures[1]) / figures[0]
+    return what, baseline, ours, f"{np.median(ratios):.2f}x ({ratios.min():.2f} to {ratios.max():.2f})", to_reach
 
 
 def print_table(rows):
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     print(f"\n{cpu[1] if cpu else os.uname().machine}, {os.cpu_count()} cores\n")
-    print("| what | baseline | ours | ratio (of all rounds) | to reach | reached? |\n|---|---|---|---|---|---|")
+    print("| what | baseline | ours | ratio (of all rounds) | to reach |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
 
 
-def in_two_processes(baseline, ours, rounds):
-    """Return the seconds, (2, rounds), that each side takes in turn, in a process of its own.
+def in_turn(sides, rounds, warm_up=2):
+    """Return the seconds, (sides, rounds), that each of `sides` takes in turn, in a process of its own.
 
-    A side is a function, which returns what is to be timed, and its arguments. Ours tells the C library to keep
-    freed memory, from which the baseline must not profit.
+    A side is a function, which returns what is to be timed, and its arguments. Some sides tell the C library to keep
+    freed memory, from which the others must not profit.
     """
     new = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, new, prepare, baseline) as one, ProcessPoolExecutor(1, new, prepare, ours) as other:
-        return interleave(lambda: one.submit(measure).result(), lambda: other.submit(measure).result(), rounds, 2)
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, new, prepare, side)) for side in sides]
+        seconds = [[pool.submit(measure).result() for pool in pools] for _ in range(warm_up + rounds)]
+    return np.array(seconds)[warm_up:].T
 
 
 def prepare(side, *arguments):
     global prepared
-    sys.stdout = sys.stderr  # notes on a tiny dump are no part of the table
+    sys.stdout = sys.stderr  # notes are no part of the table
     prepared = side(*arguments)
 
 
 def measure():
-    time.sleep(0.3)  # threads of the other side may spin for a moment after their work
+    time.sleep(0.3)  # threads of another side may spin for a moment after their work
     return timed(prepared)
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def timed(function, *arguments, **options):
@@ -171,123 +147,105 @@ def original_chunk(data, index, mp3_paths):
     np.save(data / f"spectrograms_{index}.npy", np.array(spectrograms))
 
 
-OUR_COMMAND = [sys.executable, ROOT / "gen_spectrograms.py", "--data"]
-PLAIN_COMMAND = [sys.executable, __file__, "--baseline-spectrograms"]
-
-
-def spectrogram_row(settings, scratch):
+def spectrogram_rows(settings, scratch):
     # MagnaTagATune's 25,863 clips pay for the start only once. So the rate is that of the clips by which a long run
     # exceeds a short one of two clips a worker: on both sides alike, imports and each worker's first clips cancel out.
-    def seconds(command):
-        for n_clips in (16, 16 + settings.clips):
-            with data_folder(scratch, n_clips) as data:
-                yield timed(subprocess.run, [*command, data], check=True, capture_output=True)
-
-    sides = [lambda command=command: list(seconds(command)) for command in (PLAIN_COMMAND, OUR_COMMAND)]
-    measured = interleave(*sides, settings.rounds, warm_up=0)
-    start = np.median(measured[..., 0], axis=1)
-    rates = settings.clips / (measured[..., 1] - start[:, None])
-    what = f"Spectrograms, 8 workers (not counted: {start[0]:.1f} s, ours {start[1]:.1f} s, for a run of 16 clips)"
-    return [compare(what, "clips/s", rates, at_least=4)]
+    commands = (__file__, "--baseline-spectrograms"), (ROOT / "gen_spectrograms.py", "--data")
+    rates = []
+    for _ in range(settings.rounds):
+        for command in commands:
+            short, long = (seconds_of_command(command, scratch, n) for n in (16, 16 + settings.clips))
+            rates.append(settings.clips / (long - short))
+    figures = np.reshape(rates, (settings.rounds, 2)).T
+    return [compare("Spectrograms, 8 workers", "clips/s", figures, "at least 3.0x")]
 
 
-@contextlib.contextmanager
-def data_folder(scratch, n_clips):
-    """Yield a data folder of `n_clips` clips: those there are, over and over, with ids of their own."""
+def seconds_of_command(command, scratch, n_clips):
+    """Return the seconds of a command on a data folder of `n_clips` clips: those there are, over and over."""
     folder, mp3_paths = find_clips(scratch)
     with tempfile.TemporaryDirectory(dir=scratch) as data:
         (Path(data) / "clips").symlink_to(folder)
         rows = [f"{clip}\t1\tclips/{path}" for clip, path in zip(range(n_clips), itertools.cycle(mp3_paths))]
         (Path(data) / "tags.csv").write_text("\n".join(["clip_id\tmusic\tmp3_path", *rows, ""]))
-        yield Path(data)
+        return timed(subprocess.run, [sys.executable, *command, data], check=True, capture_output=True)
 
 
+@functools.cache
 def find_clips(scratch):
     """Return the folder and the paths of 60 clips: real music from beside the checkout, or the demo's."""
     folder = SHARED / "gtzan60"
     if not folder.is_dir():
+        from lib.demo import render
+
         folder = scratch / "demo"
-        if not folder.is_dir():
-            from demo import render
-
-            render(folder, 60)
+        render(folder, 60)
     return folder, read_annotations(annotations_path(folder)).mp3_paths
-
-
-def one_clip_row(settings, scratch):
-    folder, mp3_paths = find_clips(scratch)
-    sides = [(side, folder, mp3_paths) for side in (plain_decoding, our_worker)]
-    seconds = in_two_processes(*sides, settings.rounds * len(mp3_paths) // CLIPS_AT_ONCE)
-    what = f"One clip, one thread, in groups of {CLIPS_AT_ONCE} as a worker makes them; baseline: its decoding"
-    return [compare(what, "ms", 1000 * seconds / CLIPS_AT_ONCE, at_most=2.3)]
-
-
-def plain_decoding(folder, mp3_paths):
-    import soundfile
-
-    paths = itertools.cycle(folder / path for path in mp3_paths)
-    return lambda: [soundfile.read(path, dtype="float32") for path in itertools.islice(paths, CLIPS_AT_ONCE)]
-
-
-def our_worker(folder, mp3_paths):
-    import torch
-
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    paths = itertools.cycle(mp3_paths)
-
-    def make_clips():
-        clips = [gen_spectrograms.read_clip(folder, path) for path in itertools.islice(paths, CLIPS_AT_ONCE)]
-        return [gen_spectrograms.log_mel(samples) for samples, _, _ in clips]
-
-    return make_clips
-
-
-def memory_row(settings, scratch):
-    with data_folder(scratch, settings.clips) as data:
-        _, peak, _ = watch([*OUR_COMMAND, data], "smaps_rollup", "Pss")
-    what = "Peak resident memory of gen_spectrograms.py and its workers (PSS: a page that they share counts once)"
-    return [limit(what, "GB", peak / 1e9, at_most=2)]
 
 
 # The network
 
 
-def step_row(settings, scratch):
-    seconds = seconds_of_network("step", settings.rounds, scratch)
-    return [compare("Training step, 32 clips, CPU, float32", "steps/s", 1 / seconds, at_least=2)]
+def step_rows(settings, scratch):
+    return network_rows("step", "Training step, 32 clips, CPU", BATCH, ("2.5x", "6x"), settings, scratch)
 
 
-def evaluation_row(settings, scratch):
-    seconds = seconds_of_network("evaluation", settings.rounds, scratch)
-    return [compare("Evaluation, CPU, float32", "clips/s", EVALUATED / seconds, at_least=2.5)]
+def evaluation_rows(settings, scratch):
+    return network_rows("evaluation", "Evaluation, CPU", EVALUATED, ("4x", "7x"), settings, scratch)
 
 
-def seconds_of_network(what, rounds, scratch):
-    data = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED)
-    return in_two_processes((plain_side, what), (our_side, what, data), rounds)
+def network_rows(what, title, n_clips, to_reach, settings, scratch):
+    data = make_dump(scratch / "tiny", BATCH * 32)
+    ours = {"step": trainers_step, "evaluation": trainers_evaluation}[what]
+    sides = [(plain_side, what), *((ours, data, precision) for precision in ("float32", "bfloat16"))]
+    plain, *rates = n_clips / in_turn(sides, settings.rounds)
+    return [
+        compare(f"{title}, {precision}", "clips/s", (plain, rate), f"at least {at_least}")
+        for precision, rate, at_least in zip(("float32", "bfloat16"), rates, to_reach)
+    ]
 
 
-def our_side(what, data, device="cpu", precision="float32"):
-    """Return the trainer's own step, or the tagger's own prediction, which reads its clips from the dump."""
-    from model import choose_device
-    from tagger import predict
-    from trainer import Settings, Training
+def trainers_step(data, precision):
+    """Return a function that lets the trainer, which runs in a thread, take its next step."""
+    import torch
 
-    dump = Dump(data)
-    settings = Settings(data=data, train_size=BATCH, validation_size=EVALUATED, precision=precision)
-    training = Training(settings, dump, choose_device(device))
-    training.load_clips(dump)
-    clips = next(training.feeder.batches([training.train]))
+    import trainer
+    from lib.parallel import keep_freed_memory
 
-    def step():
-        training.net.train()
-        training.train_step(clips, training.train, BATCH).item()
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Stepwise(trainer.Losses):
+        def append(self, loss):
+            super().append(loss)
+            done.release()
+            go.acquire()
+
+    keep_freed_memory()
+    trainer.Losses = Stepwise
+    settings = trainer.Settings(data=data, train_size=BATCH * 30, validation_size=2, precision=precision)
+    experiment = settings, torch.device("cpu"), torch.float32, Path(tempfile.mkdtemp(dir=data)), None
+    threading.Thread(target=trainer.train, args=experiment, daemon=True).start()
+    done.acquire()
+    return lambda: (go.release(), done.acquire())
+
+
+def trainers_evaluation(data, precision):
+    import torch
+
+    from lib.feeder import Feeder, predict
+    from lib.parallel import autocast, keep_freed_memory
+    from model import MultiScaleCNN
+
+    keep_freed_memory()
+    device, dump, normalization = torch.device("cpu"), Dump(data), (np.full(N_MELS, -7.0), np.full(N_MELS, 3.0))
+    net = MultiScaleCNN(50).to(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    feeder = Feeder(dump, dump.labels, normalization, device, dtype)
 
     def evaluation():
-        predict(training.net, training.feeder, training.validation, BATCH)
+        with autocast(device, precision):
+            predict(net, feeder, np.arange(EVALUATED), BATCH)
 
-    return {"step": step, "evaluation": evaluation}[what]
+    return evaluation
 
 
 def plain_side(what):
@@ -346,55 +304,62 @@ def plain_network():
 
 
 def profile_step(scratch):
-    """Print torch.profiler's table of the third training step, on the CPU and on a CUDA GPU if there is one."""
+    """Print torch.profiler's table of the tenth training step, in bfloat16, on a CUDA GPU if there is one."""
     import torch
 
-    data = make_dump(scratch / "tiny", 2 * BATCH + EVALUATED)
-    for device, precision in (("cpu", "float32"), ("cuda", "bfloat16"))[: 1 + torch.cuda.is_available()]:
-        step = our_side("step", data, device, precision)
-        for _ in range(2):
-            step()
-        with torch.profiler.profile() as profiler:  # of all there is, CPU and GPU
-            step()
-        print(profiler.key_averages().table(f"self_{device}_time_total", 15, max_name_column_width=40))
+    import trainer
+    from lib.parallel import choose_device
+
+    profiler = torch.profiler.profile()  # of all there is, CPU and GPU
+
+    class Profiled(trainer.Losses):
+        def append(self, loss):
+            super().append(loss)
+            if self.n_steps == 9:
+                profiler.start()
+            if self.n_steps == 10:
+                profiler.stop()
+                order = f"self_{loss.device.type}_time_total"
+                print(profiler.key_averages().table(order, 15, max_name_column_width=40))
+                raise InputError("the profile is complete")
+
+    trainer.Losses = Profiled
+    data = make_dump(scratch / "tiny", BATCH * 32)
+    settings = trainer.Settings(data=data, train_size=BATCH * 30, validation_size=2, precision="bfloat16")
+    with contextlib.suppress(InputError):
+        trainer.train(settings, choose_device("auto"), torch.float32, scratch, None)
 
 
 # The real trainer on a dump of MagnaTagATune's size
 
 
 def full_size_rows(settings, scratch):
-    moments = {
-        "clips read": r"^schedule ",
-        "validated": r"^epoch +0  ",
-        "first step": r"^epoch 1: .*loss=",
-        "enough": rf"^epoch 1: .* {settings.n_steps}/\d+ \[",
-    }
-    command = trainer_command(settings, scratch, "--device", "cpu")
-    at, peak, _ = watch(command, "status", "RssAnon|RssShmem", moments, stop="enough")
-    validation = at["validated"] - at["clips read"]
-    start = f"Start of trainer.py on {settings.n_clips:,} clips in the file cache, until"
-    last = f"{start} its first step is done, less the validation before it ({validation:.1f} s)"
+    """How long trainer.py takes to start, and its memory up to step 100."""
+    options = ["--device", "cpu", "--train-size", 100 * BATCH, "--validation-size", BATCH, "--epochs", 1]
+    at, peak, _ = watch(trainer_command(settings, scratch, *options), ("schedule ", "epoch   0", "epoch   1"))
+    start = f"Start of trainer.py on {settings.n_clips:,} clips in the file cache, until all are read and checked"
     return [
-        limit(f"{start} all are read and checked", "s", at["clips read"], at_most=20),
-        limit(last, "s", at["first step"] - validation, at_most=20),
-        limit(f"Its peak anonymous memory, up to step {settings.n_steps}", "GB", peak / 1e9, at_most=3),
+        (start, "", f"{at['schedule ']:.1f} s", "", "at most 20 s"),
+        ("Its peak anonymous memory, up to step 100", "", f"{peak / 1e9:.2f} GB", "", "at most 3 GB"),
     ]
 
 
 def gpu_rows(settings, scratch):
-    """40 epochs, validations included, in either precision, with and without --compile."""
+    """40 epochs, validations included, in either precision."""
     import torch
 
     if not torch.cuda.is_available():
         raise InputError("--gpu: no CUDA GPU here, or a PyTorch that was built without CUDA")
-    rows, moments = [], {"start": r"^epoch +0  ", "end": r"^epoch +40  ", "test": "^best "}
-    for (precision, seconds), compiled in itertools.product((("bfloat16", 60), ("float32", 150)), ([], ["--compile"])):
-        options = ["--precision", precision, *compiled]
-        at, _, text = watch(trainer_command(settings, scratch, "--overwrite", *options), "status", "RssAnon", moments)
-        say("\n".join([*options, *re.findall(r"^(?:epoch +\d+  |best).*", text, re.MULTILINE)]))
-        what = f"40 epochs, {torch.cuda.get_device_name()}, {' '.join(options)}"
-        not_counted = f"(not counted: start and first validation, {at['start']:.1f} s)"
-        rows.append(limit(f"{what} {not_counted}", "s", at["end"] - at["start"], at_most=seconds))
+    rows = []
+    for precision, graph, to_reach in (
+        ("bfloat16", "--graph", "30 s"), ("float32", "--graph", "75 s"), ("bfloat16", "--no-graph", "")
+    ):  # fmt: skip
+        command = trainer_command(settings, scratch, "--overwrite", "--precision", precision, graph)
+        at, _, text = watch(command, ("epoch   0", "epoch  40", "best validation"))
+        print(text, file=sys.stderr)
+        what = f"40 epochs, {torch.cuda.get_device_name()}, {precision} {graph}"
+        not_counted = f"(not counted: start and first validation, {at['epoch   0']:.1f} s)"
+        rows.append((f"{what} {not_counted}", "", f"{at['epoch  40'] - at['epoch   0']:.1f} s", "", to_reach))
     return rows
 
 
@@ -404,86 +369,61 @@ def trainer_command(settings, scratch, *options):
         raise InputError("--full-size PATH is missing: the folder of a full-size dump, or an empty one for 8.3 GB")
     for file in make_dump(settings.full_size, settings.n_clips).glob("*.npy"):
         crc_of_file(file)
-    return [sys.executable, ROOT / "trainer.py", "--data", settings.full_size, "--experiments", scratch, *options]
+    options = map(str, ["--data", settings.full_size, "--experiments", scratch, *options])
+    return [sys.executable, ROOT / "trainer.py", *options]
 
 
-def watch(command, file, fields, moments=(), stop=None):
-    """Run `command`; return (seconds from its start to each moment, its peak memory in bytes, what it printed).
+def watch(command, moments):
+    """Run `command`; return (seconds from its start to each moment, its peak anonymous memory in bytes, its output).
 
-    `moments` are {name: regular expression}: a moment is when the output first matches. At the one called `stop`,
-    the process is interrupted as by Ctrl-C. Memory is the sum of `fields` in /proc/<pid>/<file>, every 50 ms.
+    A moment is when the output first has a line that begins so. At the last one the process is interrupted.
     """
     started, at, text, peak = time.perf_counter(), {}, "", 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while stop not in at:
-            if select.select([process.stdout], [], [], 0.05)[0]:
-                if not (block := os.read(process.stdout.fileno(), 1 << 16)):
-                    break
-                text += block.decode(errors="replace").replace("\r", "\n")  # a progress bar's updates become lines
-                new = (name for name in moments if name not in at and re.search(moments[name], text, re.MULTILINE))
-                at.update(dict.fromkeys(list(new), time.perf_counter() - started))
-            peak = max(peak, memory(process.pid, file, fields))
-        if stop in at:
-            process.send_signal(signal.SIGINT)
-    if len(at) < len(moments) or (process.returncode and not stop):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            text += line
+            at.update({moment: time.perf_counter() - started for moment in moments if line.startswith(moment)})
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.M))))
+            if moments[-1] in at:
+                process.send_signal(signal.SIGINT)
+    if len(at) < len(moments):
         raise InputError(f"{command[1]} ended too early: {text.strip().splitlines()[-1:]}")
     return at, peak, text
 
 
-def memory(pid, file, fields):
-    """Return the sum of `fields` over a process and its children, in bytes; 0 if one of them ends meanwhile."""
-    with contextlib.suppress(OSError):
-        pids = [pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        texts = "".join(Path(f"/proc/{each}/{file}").read_text() for each in pids)
-        return 1024 * sum(map(int, re.findall(rf"^(?:{fields}):\s+(\d+) kB", texts, re.MULTILINE)))
-    return 0
-
-
 def make_dump(data, n_clips):
     """Make a dump of random clips in folder `data` with the project's writer, unless one is there; return `data`."""
-    manifest = read_manifest(data)
-    if manifest and manifest["complete"]:
-        if manifest["n_clips"] != n_clips:
-            raise InputError(f"{data}: holds a dump of {manifest['n_clips']:,} clips, not {n_clips:,}")
-        return data
-    claim(data, n_clips)
-    annotations = read_annotations(data / "tags.csv")
-    gen_spectrograms.begin_or_continue(data, gen_spectrograms.plan(data / "tags.csv", annotations, 8), overwrite=False)
-    chunks, _ = gen_spectrograms.divide(data, n_clips, 8)
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        pool.map(write_random_chunk, [chunk for chunk in chunks if not chunk.is_complete()], chunksize=1)
-    with contextlib.redirect_stdout(sys.stderr):
-        gen_spectrograms.summarise(data, gen_spectrograms.finish(data, annotations, chunks), chunks)
-    return data
-
-
-def claim(data, n_clips):
-    """Write tags.csv and SYNTHETIC.txt to `data`, an empty folder or one that an interrupted call left."""
     data.mkdir(parents=True, exist_ok=True)
-    marker, real = data / "SYNTHETIC.txt", SHARED / "mtat" / "annotations_final.csv.gz"
-    if any(data.iterdir()) and not (marker.exists() and marker.read_text() == SYNTHETIC):
-        raise InputError(f"{data}: holds something, and no complete dump; name an empty folder")
-    needed, free = n_clips * CLIP_BYTES, shutil.disk_usage(data).free
-    say(f"{needed / 1e9:.2f} GB of random spectrograms will be in {data} ({free / 1e9:.1f} GB are free)")
-    if needed - sum(file.stat().st_size for file in data.glob("spectrograms_*")) > 0.95 * free:
-        raise InputError(f"{data}: too little room; make some, or name a folder on another disk")
-    marker.write_text(SYNTHETIC)
-    if real.exists():
-        (data / "tags.csv").write_bytes(b"".join(gzip.decompress(real.read_bytes()).splitlines(True)[: n_clips + 1]))
-    else:  # tags as a demo of that size would have
-        import demo
-
-        demo.write_table(data / "tags.csv", demo.annotations(demo.list_clips(n_clips, seed=1337), seed=1337))
+    if any(data.iterdir()) and not (data / "SYNTHETIC.txt").exists():
+        raise InputError(f"{data}: holds something, and no random dump; name an empty folder")
+    (data / "SYNTHETIC.txt").write_text("Random spectrograms, to measure time and memory. Scores on them mean nothing.")
+    names = [f"tag {tag}" for tag in range(50)]
+    labels = (np.random.default_rng(0).random((n_clips, 50)) < 0.07).astype(int).tolist()
+    rows = [["clip_id", *names, "mp3_path"], *([clip, *row, f"{clip}.mp3"] for clip, row in enumerate(labels))]
+    (data / "tags.csv").write_text("\n".join("\t".join(map(str, row)) for row in rows))
+    annotations = read_annotations(data / "tags.csv")
+    plan = gen_spectrograms.plan_dump(data / "tags.csv", annotations, n_chunks=8)
+    chunks, _ = gen_spectrograms.divide(data, n_clips, 8)
+    with dump_lock(data):
+        manifest = gen_spectrograms.begin_or_continue(data, plan, chunks, overwrite=False)
+        if not manifest["complete"]:
+            with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+                pool.map(write_random_chunk, [chunk for chunk in chunks if not chunk.is_complete()], chunksize=1)
+            gen_spectrograms.finish(data, plan, annotations, chunks)
+    return data
 
 
 def write_random_chunk(chunk):
     """Write clips that fall from -2 to -12 over the mel bands, with noise of deviation 2: one block, rolled."""
     rng = np.random.default_rng(zlib.crc32(chunk.file.name.encode()))
     block = rng.normal(np.linspace(-2, -12, N_MELS)[:, None], 2, (N_MELS, N_FRAMES)).astype(np.float32)
-    with chunk_writer(chunk) as (n_done, append):
-        for _ in range(n_done, chunk.n_clips):
-            append(np.roll(block, rng.integers(N_FRAMES), axis=1) + np.float32(rng.normal()))
+    writer = ChunkWriter(chunk)
+    for _ in range(writer.n_done, chunk.n_clips):
+        writer.append(np.roll(block, rng.integers(N_FRAMES), axis=1) + np.float32(rng.normal()))
+    writer.finish()
 
 
 if __name__ == "__main__":
-    run(main, when_interrupted="the full-size dump is kept as far as it got, and the same command completes it")
+    run(main, "the full-size dump is kept as far as it got, and the same command completes it")

@@ -1,19 +1,25 @@
 """What the tests share: how a script is run, and where the optional real data lies."""
 
 import gzip
+import importlib
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dump import N_FRAMES, N_MELS, chunk_writer, dump_lock
-from gen_spectrograms import begin_or_continue, divide, finish, plan
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gen_spectrograms import begin_or_continue, divide, finish, plan_dump
+from lib.audio import N_FRAMES, N_MELS
+from lib.common import run as run_main
+from lib.dump import ChunkWriter, dump_lock
 from tags import read_annotations
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 # A shell's background job ignores Ctrl-C and hands that on to the scripts it starts, which tests interrupt
@@ -32,6 +38,22 @@ def run_script():
         return done
 
     return run
+
+
+@pytest.fixture
+def call_script(capsys, monkeypatch):
+    """Return a function that runs a script's main() in this process, which spares it the start of another."""
+
+    def call(script, *arguments, status=0):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_main(importlib.import_module(script.removesuffix(".py")).main)
+        printed, returncode = capsys.readouterr(), stop.value.code or 0
+        assert returncode in np.atleast_1d(status), f"{script} {arguments}\n{printed.out}\n{printed.err}"
+        return SimpleNamespace(returncode=returncode, stdout=printed.out, stderr=printed.err)
+
+    return call
 
 
 @pytest.fixture
@@ -60,12 +82,14 @@ def write_dump(data, n_clips, seed=0):
     lines = ["\t".join(map(str, (int(v) if isinstance(v, bool) else v for v in row))) for row in rows]
     (data / "tags.csv").write_text("\n".join(["clip_id\tguitar\tflute\tslow\tmp3_path", *lines]))
     annotations = read_annotations(data / "tags.csv")
+    plan = plan_dump(data / "tags.csv", annotations, n_chunks=3)
+    chunks, _ = divide(data, n_clips, 3)
     with dump_lock(data):
-        begin_or_continue(data, plan(data / "tags.csv", annotations, n_chunks=3), overwrite=False)
-        chunks, _ = divide(data, n_clips, 3)
+        begin_or_continue(data, plan, chunks, overwrite=False)
         for chunk in chunks:
-            with chunk_writer(chunk) as (_, append):
-                for _ in range(chunk.n_clips):
-                    append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
-        finish(data, annotations, chunks)
+            writer = ChunkWriter(chunk)
+            for _ in range(chunk.n_clips):
+                writer.append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
+            writer.finish()
+        finish(data, plan, annotations, chunks)
     return data

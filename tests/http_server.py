@@ -49,9 +49,6 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        send_head(self, 200, {"Content-Length": len(self.server.files[self.path[1:]])})
-
     def do_GET(self):
         name = self.path[1:].removeprefix("moved/")
         self.server.gets.append(Get(name, self.headers["Range"], time.monotonic()))
@@ -95,6 +92,14 @@ def hang_after(sent):
     return trick
 
 
+def slow(handler, content):
+    """Take a second."""
+    send_head(handler, 200, {"Content-Length": len(content)})
+    for start in range(0, len(content), len(content) // 10 + 1):
+        handler.wfile.write(content[start:][: len(content) // 10 + 1])
+        time.sleep(0.1)
+
+
 def drop(handler, content):
     handler.connection.close()
 
@@ -136,5 +141,5 @@ def refuse(status, **headers):
     return lambda handler, content: send_head(handler, status, headers | {"Content-Length": 0})
 
 
-def redirect(handler, content):
-    send_head(handler, 302, {"Location": f"/moved{handler.path}", "Content-Length": 0})
+def redirect(location):
+    return lambda handler, content: send_head(handler, 302, {"Location": location, "Content-Length": 0})

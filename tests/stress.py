@@ -1,8 +1,9 @@
 """Kill the long scripts at random instants, and give every reader damaged files. Run by hand; pytest leaves it alone.
 
-A script, or one of its workers, is killed and started anew with the same command until it is done. What it leaves has
-to be what an undisturbed run leaves. A file with flipped bits, lost or foreign pieces, or zeros has to be refused in
-one line, or read as an independent reader reads it. Whatever fails stays in the folder that the last line names.
+A script, or one of its workers, is killed and started anew with the same command until it is done; sometimes a second
+run of the same command is at work meanwhile. What is left has to be what an undisturbed run leaves. A file with
+flipped bits, lost or misplaced pieces, or zeros has to be refused in one line, or read as an independent reader reads
+it. Whatever fails stays in the folder that the last line names.
 
     python tests/stress.py                                      everything, in about half an hour
     python tests/stress.py --kills 0 --damages 1 --first 417    damaged input 417 once more
@@ -25,6 +26,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,19 +39,20 @@ from librosa import load
 from librosa.feature import melspectrogram
 
 import get_data
-from common import InputError, run, settings_from_command_line
-from dump import Dump
-from gen_spectrograms import log_mel, read_clip
-from tagger import load_checkpoint, network_of
+from gen_spectrograms import read_clip
+from lib.audio import log_mel
+from lib.checkpoint import load_checkpoint, network_of
+from lib.common import InputError, Range, run, settings_from_command_line
+from lib.dump import Dump
 from tags import read_annotations
 
 
 @dataclass(frozen=True)
 class Settings:
-    kills: int = 100  # of each of the three long scripts
-    damages: int = 1000  # damaged inputs, of all kinds together
-    seed: int = 1337  # of the kills' instants and of the damage
-    first: int = 0  # number of the first damaged input
+    kills: Annotated[int, Range(0)] = 100  # of each of the three long scripts
+    damages: Annotated[int, Range(0)] = 1000  # damaged inputs, of all kinds together
+    seed: Annotated[int, Range(0)] = 1337  # of the kills' instants and of the damage
+    first: Annotated[int, Range(0)] = 0  # number of the first damaged input
     only: tuple[str, ...] = ()  # scripts and kinds of input, by the names that the last lines have; empty: all
 
 
@@ -147,10 +150,10 @@ def frozen(tree):
     return (str(tree.dtype), tuple(tree.shape), np.asarray(tree).tobytes()) if hasattr(tree, "dtype") else tree
 
 
-def start(folder, command):
-    """Start a script in `folder`, in a session of its own, with its output in stdout.txt and stderr.txt there."""
+def start(folder, command, stdout="stdout.txt"):
+    """Start a script in `folder`, in a session of its own, with its output in files there."""
     script, *options = command.split()
-    with open(folder / "stdout.txt", "w") as stdout, open(folder / "stderr.txt", "a") as stderr:
+    with open(folder / stdout, "w") as stdout, open(folder / "stderr.txt", "a") as stderr:
         command = [sys.executable, str(ROOT / script), *options]
         return subprocess.Popen(command, cwd=folder, stdout=stdout, stderr=stderr, start_new_session=True)
 
@@ -187,11 +190,15 @@ def kill_script(script, good, folder, settings):
     while tally["kills"] < settings.kills:
         case = folder.with_name(f"{script}-{tally['kills']}")
         shutil.copytree(good.inputs, case, symlinks=True)
-        processes = [start(case, COMMANDS[script])]
+        second = [start(case, COMMANDS[script], stdout=os.devnull)] if rng.random() < 0.3 else []
+        processes = [*second, start(case, COMMANDS[script])]
         while tally["kills"] < settings.kills and kill_within(seconds, processes[-1], rng):
             tally["kills"] += 1
             processes.append(start(case, COMMANDS[script]))
-        hang, found = finish(*processes) is None, left_in(case)
+        hang = finish(*processes) is None
+        if second and not hang:  # the last of the others may have left the work to it
+            hang = finish(start(case, COMMANDS[script])) is None
+        found = left_in(case)
         differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
         tally.update(hangs=hang, differences=bool(differing))
         if hang or differing:
@@ -362,4 +369,4 @@ DAMAGED = 6 * [mp3] + 5 * [tables] + 3 * [archives] + 4 * [checkpoints] + 2 * [d
 SCRIPTS = {mp3: "gen_spectrograms", tables: "gen_spectrograms", archives: "get_data"}  # the others: evaluate
 
 if __name__ == "__main__":
-    run(main, when_interrupted="nothing is left to go on from")
+    run(main, "nothing is left to go on from")

@@ -1,5 +1,6 @@
-"""demo.py: MagnaTagATune's formats to the letter, repeatable files, and tags that can be heard."""
+"""lib/demo.py: MagnaTagATune's formats to the letter, repeatable files, and tags that can be heard."""
 
+import contextlib
 import csv
 import gzip
 import os
@@ -8,15 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import soundfile
 
-import demo
 import tags
-from common import InputError
-from conftest import ROOT
+from lib import demo
+from lib.common import ROOT, InputError
 
 N_CLIPS, SEED = 6, 7  # one album, on which every tag is both present and absent
 INFO_COLUMNS = "clip_id track_number title artist album url segmentStart segmentEnd original_url mp3_path".split()
@@ -94,21 +95,52 @@ def test_mp3s_are_encoded_as_magnatagatunes(rendered):
         assert (decoded.shape, rate) == ((465_984,), 16000)  # as the real clips: 628 frames at 11,025 Hz
 
 
-def test_a_killed_render_goes_on_to_the_same_bytes(rendered, tmp_path):
-    code = f"import demo; demo.render({str(tmp_path)!r}, {N_CLIPS}, {SEED})"
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+def kill_worker(parent, _):
+    workers = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+
+
+def press_ctrl_c_twice(parent, pipe):
+    for _ in range(2):
+        os.killpg(parent, signal.SIGINT)
+        time.sleep(0.3)
+    pipe.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "stop, status, line",
+    [
+        (kill_worker, 1, "error: {}: a worker was killed, likely out of memory; the same command goes on\n"),
+        (lambda parent, _: os.kill(parent, signal.SIGKILL), -signal.SIGKILL, ""),
+        (press_ctrl_c_twice, 130, "\ninterrupted; the same command goes on from here\n"),
+    ],
+    ids=["worker killed", "parent killed", "Ctrl-C twice"],
+)
+def test_goes_on_to_the_same_bytes(rendered, run_script, tmp_path, stop, status, line):
+    """A pipe in the last clip's place holds a worker there."""
+    folder = tmp_path / "demo"
+    demo.claim(folder, N_CLIPS, SEED)
+    pipe = folder / f"{demo.list_clips(N_CLIPS, SEED)[-1].path}.partial"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    command = f"get_data.py --demo --data {tmp_path} --demo-clips {N_CLIPS} --demo-seed {SEED}".split()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 60
-        while not (kept := list(tmp_path.rglob("*.mp3"))) and time.monotonic() < deadline:
+        while len(kept := list(folder.rglob("*.mp3"))) < N_CLIPS - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
+        stop(process.pid, pipe)
+        _, told = process.communicate(timeout=20)  # until the workers, too, have closed stderr
     finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    assert kept and (tmp_path / "SYNTHETIC.txt").exists() and not (tmp_path / "tags.csv").exists()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, told.decode()) == (status, line.format(folder))
+    assert kept and not (folder / "tags.csv").exists()
     written = kept[0].stat().st_mtime_ns
-    demo.render(tmp_path, N_CLIPS, SEED)
+    pipe.unlink(missing_ok=True)
+    assert run_script(*command).stdout == f"next: python gen_spectrograms.py --data {folder}\n"
     assert kept[0].stat().st_mtime_ns == written
-    assert contents(tmp_path) == contents(rendered)
+    assert contents(folder) == contents(rendered)
 
 
 def test_seeds_differ():
@@ -127,9 +159,10 @@ def test_refusals(rendered, tmp_path):
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))} holds tags.csv .*choose"):
         demo.render(tmp_path, N_CLIPS, SEED)
     assert contents(tmp_path) == {"tags.csv": b"real"}
-    for impossible in ((0, SEED), (N_CLIPS, -1)):
-        with pytest.raises(InputError, match="at least 1 clip"):
+    for impossible in ((0, SEED), (100_001, SEED), (float("nan"), SEED), (N_CLIPS, -1), (N_CLIPS, 10**10)):
+        with pytest.raises(InputError, match="1 to 100,000 clips"):
             demo.render(tmp_path / "new", *impossible)
+    assert not (tmp_path / "new").exists()
 
 
 def test_catalogue_has_magnatagatunes_structure():
@@ -139,16 +172,13 @@ def test_catalogue_has_magnatagatunes_structure():
     def part(clip):
         return "validation" if clip.path[0] == "c" else "test" if clip.path[0] in "def" else "training"
 
-    assert {name: sum(part(clip) == name for clip in clips) for name in ("training", "validation", "test")} == {
-        "training": 144, "validation": 12, "test": 36
-    }  # fmt: skip
+    assert Counter(map(part, clips)) == {"training": 144, "validation": 12, "test": 36}
     assert {part(clip) for clip in clips[:18]} == {"training", "validation", "test"}
-    folders_of_album, parts_of_artist, cuts_of_track = {}, {}, {}
+    folders_of_album, parts_of_artist, cuts_of_track = defaultdict(set), defaultdict(set), defaultdict(set)
     for clip in clips:
-        track = clip.track
-        folders_of_album.setdefault((track.artist, track.album), set()).add(clip.path[0])
-        parts_of_artist.setdefault(track.artist, set()).add(part(clip))
-        cuts_of_track.setdefault((track.artist, track.album, track.number), set()).add(clip.start)
+        folders_of_album[clip.artist, clip.album].add(clip.path[0])
+        parts_of_artist[clip.artist].add(part(clip))
+        cuts_of_track[clip.artist, clip.album, clip.track].add(clip.start)
     assert all(len(folders) == 1 for folders in folders_of_album.values())
     assert all(len(cuts) == 2 for cuts in cuts_of_track.values())
     assert any({"training", "test"} <= parts for parts in parts_of_artist.values())
@@ -160,7 +190,7 @@ def test_annotators_use_every_spelling_of_what_is_heard_and_none_of_what_is_not(
     rows = rows_of(tmp_path / "tags.csv")
     for sound, spellings in demo.SPELLINGS.items():
         used = [tuple(tag for tag in spellings if row[tag] == "1") for row in rows]
-        assert [bool(names) for names in used] == [sound in clip.track.sounds for clip in clips]
+        assert [bool(names) for names in used] == [sound in clip.sounds for clip in clips]
         assert 0.15 < np.mean([bool(names) for names in used]) < 0.65
         assert {(tag,) for tag in spellings} | {spellings} <= set(used)  # each alone, and all at once
 
@@ -174,9 +204,9 @@ def test_every_album_has_every_tag_and_its_opposite():
     for start in range(0, 192, N_CLIPS):
         album = demo.list_clips(192, SEED)[start : start + N_CLIPS]
         for sound in demo.SPELLINGS:
-            assert {sound in clip.track.sounds for clip in album} == {True, False}
-        assert not any({"slow", "fast"} <= set(clip.track.sounds) for clip in album)
-        assert not any({"quiet", "loud"} <= set(clip.track.sounds) for clip in album)
+            assert {sound in clip.sounds for clip in album} == {True, False}
+        assert not any({"slow", "fast"} <= clip.sounds for clip in album)
+        assert not any({"quiet", "loud"} <= clip.sounds for clip in album)
 
 
 def test_loud_is_louder_than_quiet(rendered):
@@ -198,10 +228,9 @@ def test_drums_are_heard(rendered):
     assert min(onsets[True]) > 5 * max(onsets[False])
 
 
-@pytest.mark.parametrize("hertz", [130.81, 440, 987.77])
-@pytest.mark.parametrize("damping", [0.3, 0.01])
-def test_plucked_strings_are_in_tune(hertz, damping):
-    sound = demo.plucked_string(hertz, 2.5, damping)
+@pytest.mark.parametrize("semitone, hertz", [(36, 130.81), (57, 440), (71, 987.77)])
+def test_notes_are_in_tune(semitone, hertz):
+    sound = demo.note(semitone, 24_000, demo.HARMONIC**-1.5, attack=0.005, decay=0.4)
     spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 1 << 19))
     frequencies = np.fft.rfftfreq(1 << 19, 1 / 16000)
     near = np.abs(frequencies / hertz - 1) < 0.06  # a semitone to either side
@@ -210,5 +239,10 @@ def test_plucked_strings_are_in_tune(hertz, damping):
 
 
 def test_fast_music_has_more_beats():
-    beats = {clip.track.tempo: len(demo.grid(clip.track)[0]) / 2 / 29.04 * 60 for clip in demo.list_clips(6, SEED)}
-    assert 40 < beats["slow"] < 60 < 80 < beats["moderate"] < 110 < 160 < beats["fast"] < 200
+    for clip in demo.list_clips(60, SEED):
+        beats_per_minute = 60 * 16000 / clip.beat
+        slow, fast = "slow" in clip.sounds, "fast" in clip.sounds
+        assert (40 < beats_per_minute < 60) == slow and (160 < beats_per_minute < 200) == fast
+        assert slow or fast or 80 < beats_per_minute < 110
+        part = demo.drums(clip, np.random.default_rng(0))
+        assert np.array_equal(part[: 2 * clip.beat], part[2 * clip.beat : 4 * clip.beat])

@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import stat
@@ -15,23 +17,11 @@ import time
 import types
 import zipfile
 
+import http_server as web
 import pytest
-from http_server import (
-    Server,
-    drop,
-    hang_after,
-    ignore_range,
-    other_range,
-    redirect,
-    refuse,
-    reset_after,
-    send,
-    stop_after,
-)
 
 import get_data
-from common import InputError
-from conftest import ROOT
+from lib.common import ROOT, InputError, run
 
 PART = "mp3.zip.001"
 CHUNK = get_data.CHUNK
@@ -39,11 +29,8 @@ RNG = random.Random(0)
 CLIPS = {f"{folder}/clip{number}.mp3": RNG.randbytes(70_000) for folder in "09f" for number in range(2)}
 CLIPS["6/silent.mp3"] = b""  # as three of MagnaTagATune's are
 TABLES = {"annotations_final.csv": b"clip_id\ttag\n1\t0\n", "clip_info_final.csv": b"clip_id\ttitle\n1\tx\n"}
+PAGE = b"<html>the server is being looked after</html>"
 UNTIL = 30  # seconds that a test waits for what has to happen
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
 
 
 def make_zip(members, compression=zipfile.ZIP_STORED):
@@ -55,12 +42,20 @@ def make_zip(members, compression=zipfile.ZIP_STORED):
     return buffer.getvalue()
 
 
-def make_files(archive=None):
+def make_files(archive=make_zip(CLIPS)):
     """Return {name: bytes} of what a host has; the cuts go through clips."""
-    archive = make_zip(CLIPS) if archive is None else archive
     cuts = len(archive) // 2, len(archive) * 9 // 10
     parts = archive[: cuts[0]], archive[cuts[0] : cuts[1]], archive[cuts[1] :]
-    return dict(zip(get_data.PARTS, parts)) | TABLES
+    return TABLES | dict(zip(get_data.PARTS, parts))
+
+
+FILES = make_files()
+FILE = FILES[PART]
+
+
+def put(folder, files):
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def md5(content):
@@ -70,25 +65,29 @@ def md5(content):
 class Client:
     """Runs get_data.py in a folder of its own, against given hosts that should have given files."""
 
-    def __init__(self, folder, run_script, files):
+    def __init__(self, folder, run_script, files=FILES):
         self.data, self.run_script = folder / "data", run_script
         self.data.mkdir()
         self.sums = {name: md5(content) for name, content in files.items()}
-        self.sums["mp3.zip"] = md5(b"".join(files[part] for part in get_data.PARTS))
-        self.md5sums = folder / "md5sums"
-        self.md5sums.write_text("".join(f"{md5}  {name}\n" for name, md5 in self.sums.items()))
+        self.md5sums = folder / "md5sums"  # with a line that nobody needs
+        self.md5sums.write_text(
+            "".join(f"{md5}  {name}\n" for name, md5 in [*self.sums.items(), ("mp3.zip", "0" * 32)])
+        )
 
     def arguments(self, *hosts, **options):
         options = dict(data=self.data, md5sums=self.md5sums, pause=0.01, attempts=3) | options
         return [item for name, value in options.items() for item in (f"--{name}", value)] + ["--hosts", *hosts]
 
-    def run(self, *hosts, status=0, **options):
-        return self.run_script("get_data.py", *self.arguments(*hosts, **options), status=status, timeout=UNTIL)
+    def command(self, *hosts):
+        return [sys.executable, str(ROOT / "get_data.py"), *map(str, self.arguments(*hosts))]
+
+    def run(self, *hosts, status=0, preexec_fn=None, **options):
+        arguments = self.arguments(*hosts, **options)
+        return self.run_script("get_data.py", *arguments, status=status, timeout=UNTIL, preexec_fn=preexec_fn)
 
     def run_until(self, moment, number, *hosts):
         """Start the script, send it signal `number` once `moment()` is true; return exit status and stderr."""
-        command = [sys.executable, ROOT / "get_data.py", *self.arguments(*hosts)]
-        with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(self.command(*hosts), stderr=subprocess.PIPE, text=True) as process:
             try:
                 deadline = time.monotonic() + UNTIL
                 while not moment():
@@ -105,15 +104,11 @@ class Client:
         assert len(lines) == 1
         return lines[0]
 
-    def put(self, files):
-        for name, content in files.items():
-            (self.data / name).write_bytes(content)
-
     def assert_complete(self):
         there = {str(path.relative_to(self.data)): path.read_bytes() for path in self.data.rglob("*") if path.is_file()}
-        assert md5(b"".join(there.pop(part) for part in get_data.PARTS)) == self.sums["mp3.zip"]
         assert there.pop("tags.csv") == TABLES["annotations_final.csv"]
-        assert there.pop("clip_info_final.csv") == TABLES["clip_info_final.csv"]
+        for name in ("clip_info_final.csv", *get_data.PARTS):
+            assert md5(there.pop(name)) == self.sums[name]
         assert there == CLIPS  # and nothing half-written
 
 
@@ -124,19 +119,19 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture
 def server():
-    with Server(make_files()) as server:
+    with web.Server(FILES) as server:
         yield server
 
 
 @pytest.fixture
 def client(tmp_path, run_script):
-    return Client(tmp_path, run_script, make_files())
+    return Client(tmp_path, run_script)
 
 
 @pytest.fixture
 def nobody():
     """The address of a host that refuses connections."""
-    with Server({}) as server:
+    with web.Server({}) as server:
         return server.url
 
 
@@ -145,15 +140,16 @@ def test_first_run_fetches_everything_and_the_second_nothing(client, server):
     client.assert_complete()
     assert done.stdout.splitlines()[-1] == f"next: python gen_spectrograms.py --data {client.data}"
     assert done.stderr == ""
-    assert sorted(get.name for get in server.gets) == sorted(make_files())
+    assert sorted(get.name for get in server.gets) == sorted(FILES)
     client.run(server.url)
-    assert len(server.gets) == len(make_files())
+    assert len(server.gets) == len(FILES)
 
 
 def test_goes_on_after_a_kill(client, server):
-    server.tricks[PART] = [hang_after(CHUNK * 2 + 100)]
+    server.tricks[PART] = [web.hang_after(CHUNK * 2 + 100)]
     partial = client.data / f"{PART}.partial"
-    status, _ = client.run_until(lambda: size_of(partial) == CHUNK * 2, signal.SIGKILL, server.url)
+    partial.touch()
+    status, _ = client.run_until(lambda: partial.stat().st_size == CHUNK * 2, signal.SIGKILL, server.url)
     assert status == -signal.SIGKILL
     client.run(server.url)
     client.assert_complete()
@@ -161,12 +157,9 @@ def test_goes_on_after_a_kill(client, server):
     assert server.ranges("annotations_final.csv") == [None]
 
 
-PAGE = b"<html>the server is being looked after</html>"
-
-
 @pytest.mark.parametrize(
     "trick",
-    [reset_after(CHUNK + 9), stop_after(CHUNK + 9), hang_after(CHUNK + 9)],
+    [web.reset_after(CHUNK + 9), web.stop_after(CHUNK + 9), web.hang_after(CHUNK + 9)],
     ids=["reset", "less than announced", "silence"],
 )
 def test_goes_on_after_a_broken_connection(client, server, trick):
@@ -178,88 +171,75 @@ def test_goes_on_after_a_broken_connection(client, server, trick):
 
 def test_starts_over_after_a_bad_answer(client, server):
     """All of them in a row; had one left anything, the next request would ask for a range."""
-    file = make_files()[PART]
     server.tricks[PART] = [
-        drop,
-        send(b""),
-        send(file[:-1]),
-        send(file[:-1], length=False),
-        send(file + b"x"),
-        send(file + b"x", length=False),
-        send(PAGE, "text/html; charset=utf-8"),
-        send(PAGE, "text/plain"),
-        refuse(503),
-        refuse(503, Retry_After="soon"),
-        redirect,
+        web.drop,
+        web.send(b""),
+        web.send(FILE[:-1]),
+        web.send(FILE[:-1], length=False),
+        web.send(FILE + b"x"),
+        web.send(FILE + b"x", length=False),
+        web.send(PAGE, "text/html; charset=utf-8"),
+        web.send(PAGE, "text/plain"),
+        web.refuse(503),
+        web.refuse(503, Retry_After="soon"),
+        web.redirect(f"/moved/{PART}"),
     ]
     client.run(server.url, attempts=11, pause=0)
     client.assert_complete()
     assert server.ranges(PART) == [None] * 12  # the redirect makes two of one attempt
 
 
-def test_range_ignored(client, server):
-    client.put({f"{PART}.partial": make_files()[PART][:1000]})
-    server.tricks[PART] = [ignore_range]
+@pytest.mark.parametrize(
+    "begun, tricks, others",
+    [
+        (FILE[:1000], [web.ignore_range], []),
+        (FILE[:1000], [web.other_range], [None]),
+        (FILE[:1000], [web.send(PAGE, "text/html")], ["bytes=1000-"]),
+        (FILE, [], []),  # the server answers with 416
+        (bytes(1000), [], [None]),
+        (bytes(len(FILE)), [], [None]),
+        (bytes(1_000_000), [], [None]),
+    ],
+    ids="range-ignored other-range web-page killed-before-renaming other-begun other-complete other-too-long".split(),
+)
+def test_goes_on_with_what_was_begun(client, server, begun, tricks, others):
+    put(client.data, {f"{PART}.partial": begun})
+    server.tricks[PART] = tricks
     client.run(server.url)
     client.assert_complete()
-    assert server.ranges(PART) == ["bytes=1000-"]
+    assert server.ranges(PART) == [f"bytes={len(begun)}-", *others]
 
 
-@pytest.mark.parametrize("size", [1000, len(make_files()[PART]), 1_000_000], ids=["begun", "complete", "too long"])
-def test_what_was_begun_belongs_to_another_file(client, server, size):
-    client.put({f"{PART}.partial": bytes(size)})
-    client.run(server.url)
+@pytest.mark.parametrize(
+    "trick, attempts, asked_first, asked_second",
+    [
+        (web.stop_after(CHUNK + 9), 1, [None], [f"bytes={CHUNK}-"]),
+        (web.refuse(404), 3, [None], [None]),  # nobody asks again
+        (web.redirect("http://[::1"), 2, [None] * 2, [None]),
+        (web.redirect("/\xff"), 2, [None] * 2, [None]),
+        (web.refuse(503, Retry_After="Fri, 31 Dec 99999 23:59:59 GMT"), 2, [None] * 2, [None]),
+    ],
+    ids=["broken-off", "not-found", "address-without-end", "address-not-utf-8", "year-99999"],
+)
+def test_second_host_goes_on_where_the_first_failed(client, server, trick, attempts, asked_first, asked_second):
+    with web.Server(FILES) as first:
+        first.tricks[PART] = [trick] * attempts
+        client.run(first.url, server.url, attempts=attempts)
+        assert first.ranges(PART) == asked_first
     client.assert_complete()
-    assert server.ranges(PART) == [f"bytes={size}-", None]
+    assert server.ranges(PART) == asked_second
 
 
-def test_killed_just_before_the_renaming(client, server):
-    size = len(make_files()[PART])
-    client.put({f"{PART}.partial": make_files()[PART]})
-    client.run(server.url)
+@pytest.mark.parametrize("scheme, reason", [("http", "Connection refused"), ("https", "TLS CA certificate")])
+def test_second_host_when_the_first_can_not_be_reached(client, server, nobody, monkeypatch, scheme, reason):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(client.data / "missing"))
+    done = client.run(nobody.replace("http", scheme), server.url)
     client.assert_complete()
-    assert server.ranges(PART) == [f"bytes={size}-"]  # answered with 416
-
-
-def test_other_range_than_asked_for(client, server):
-    client.put({f"{PART}.partial": make_files()[PART][:1000]})
-    server.tricks[PART] = [other_range]
-    client.run(server.url)
-    client.assert_complete()
-
-
-def test_web_page_does_not_cost_what_was_begun(client, server):
-    client.put({f"{PART}.partial": make_files()[PART][:1000]})
-    server.tricks[PART] = [send(PAGE, "text/html")]
-    client.run(server.url)
-    client.assert_complete()
-    assert server.ranges(PART) == ["bytes=1000-", "bytes=1000-"]
-
-
-def test_second_host_when_the_first_refuses_connections(client, server, nobody):
-    done = client.run(nobody, server.url)
-    client.assert_complete()
-    assert "Connection refused; again in" in done.stdout
-
-
-def test_second_host_goes_on_where_the_first_failed(client, server):
-    with Server(make_files()) as first:
-        first.tricks[PART] = [stop_after(CHUNK + 9)]
-        client.run(first.url, server.url, attempts=1)
-    client.assert_complete()
-    assert server.ranges(PART) == [f"bytes={CHUNK}-"]
-
-
-def test_file_not_found_is_not_asked_for_again(client, server):
-    with Server(make_files()) as first:
-        first.tricks[PART] = [refuse(404)] * 3
-        client.run(first.url, server.url)
-        assert first.ranges(PART) == [None]
-    client.assert_complete()
+    assert re.search(f"{reason}.*; again in", done.stdout)
 
 
 def test_pause_that_the_host_asks_for(client, server):
-    server.tricks[PART] = [refuse(503, Retry_After=1)]
+    server.tricks[PART] = [web.refuse(503, Retry_After=1)]
     client.run(server.url)
     client.assert_complete()
     first, second = (get.time for get in server.gets if get.name == PART)
@@ -270,14 +250,25 @@ def test_pause_that_the_host_asks_for(client, server):
 def test_longest_pause(asked, monkeypatch, tmp_path, server):
     paused = []
     monkeypatch.setattr("tenacity.nap.time.sleep", paused.append)
-    server.tricks[PART] = [refuse(503, Retry_After=asked)] + [refuse(503)] * 8
+    server.tricks[PART] = [web.refuse(503, Retry_After=asked)] + [web.refuse(503)] * 8
     settings = get_data.Settings(data=tmp_path, hosts=(server.url,), attempts=10)
-    get_data.fetch(settings, PART, tmp_path / PART, md5(make_files()[PART]), hashlib.md5())
+    get_data.fetch(settings, PART, tmp_path / PART, md5(FILE))
     assert paused == [60, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
+def test_long_downloads_print_a_line_now_and_then(monkeypatch, tmp_path, server, capsys):
+    monkeypatch.setattr("lib.common.SECONDS_BETWEEN_LINES", 0.3)
+    server.tricks[PART] = [web.slow]
+    settings = get_data.Settings(data=tmp_path, hosts=(server.url,))
+    get_data.fetch(settings, PART, tmp_path / PART, md5(FILE))
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 4
+    for line in lines:
+        assert re.fullmatch(r"fetching mp3.zip.001: \d+\.?\d*k of 210k, +\d+kB/s, 00:0\d left", line)
+
+
 def test_no_host_delivers(client, server, nobody):
-    server.tricks[PART] = [refuse(500)] * 3
+    server.tricks[PART] = [web.refuse(500)] * 3
     line = client.error(nobody, server.url)
     assert "Connection refused" in line and "500 Internal Server Error" in line
     for told in (PART, nobody + PART, str(client.data), client.sums[PART]):
@@ -287,23 +278,17 @@ def test_no_host_delivers(client, server, nobody):
 
 
 def test_files_put_there_by_hand(client, nobody):
-    client.put(make_files())
+    put(client.data, FILES)
     client.run(nobody)
     client.assert_complete()
 
 
 @pytest.mark.parametrize("name", ["mp3.zip.002", "annotations_final.csv", "tags.csv"])
 def test_another_file_put_there_by_hand(client, server, name):
-    client.put({name: b"mine"})
+    put(client.data, {name: b"mine"})
     line = client.error(server.url)
     assert str(client.data / name) in line and md5(b"mine") in line
     assert (client.data / name).read_bytes() == b"mine"
-
-
-def test_parts_of_another_archive(client, server):
-    client.md5sums.write_text(client.md5sums.read_text().replace(client.sums["mp3.zip"], "0" * 32))
-    assert client.sums["mp3.zip"] in client.error(server.url)
-    assert not (client.data / "0").exists()
 
 
 def test_md5sums_without_one_of_the_files(client, server):
@@ -312,66 +297,61 @@ def test_md5sums_without_one_of_the_files(client, server):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"timeout": 0}, {"timeout": float("nan")}, {"attempts": 0}, {"pause": -1}, {"hosts": ()}, {"hosts": ("a.b/",)}],
-    ids=str,
+    "option",
+    "--timeout=inf --timeout=nan --timeout=0 --timeout=-1 --attempts=0 --attempts=-1 --attempts=999999999999 "
+    "--pause=-1 --pause=inf --pause=nan --demo-clips=0 --demo-clips=100001 --demo-seed=-1 --demo-seed=99999999999 "
+    "--hosts --hosts=a.b/".split(),
 )
-def test_setting_out_of_range(wrong):
-    with pytest.raises(InputError, match=f"--{next(iter(wrong))}"):
-        get_data.check(get_data.Settings(**wrong))
+def test_setting_out_of_range(monkeypatch, tmp_path, capsys, option):
+    option = option.split("=")
+    monkeypatch.setattr(sys, "argv", ["get_data.py", "--data", str(tmp_path / "data"), *option])
+    with pytest.raises(SystemExit, match="^1$"):
+        run(get_data.main)
+    assert re.fullmatch(f"error: {option[0]} .*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
-def test_setting_out_of_range_is_one_line(client, server):
-    assert "--timeout" in client.error(server.url, timeout=0)
-    assert not server.gets
-
-
-def test_disk_full(client, server):
+@pytest.mark.parametrize(
+    "there, limit, named",
+    [({}, CHUNK + 1000, f"{PART}.partial"), (FILES, 50_000, "0/clip0.mp3")],
+    ids=["fetching", "unpacking"],
+)
+def test_disk_full(client, server, there, limit, named):
     """A limit on the size of files stands in for the end of the disk."""
-    limit = CHUNK + 1000
-    full = client.run_script(
-        "get_data.py",
-        *client.arguments(server.url),
-        status=1,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert full.stderr == "error: writing: File too large\n"
+    put(client.data, there)
+    line = client.error(server.url, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert line == f"error: {client.data / named}: File too large"
     client.run(server.url)
     client.assert_complete()
-    assert server.ranges(PART) == [None, f"bytes={limit}-"]
+    assert server.ranges(PART) == ([] if there else [None, f"bytes={limit}-"])
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output(client, server, closed):
+    done = subprocess.run(f"{shlex.join(client.command(server.url))} {closed}", shell=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    client.assert_complete()
 
 
 def test_ctrl_c(client, server):
-    server.tricks[PART] = [hang_after(0)]
+    server.tricks[PART] = [web.hang_after(0)]
     stopped = client.run_until(lambda: server.ranges(PART), signal.SIGINT, server.url)
     assert stopped == (130, "\ninterrupted; the same command goes on from here\n")
 
 
-@pytest.mark.parametrize("there, fits", [({}, False), ({f"{PART}.partial": bytes(1000)}, True)])
-def test_disk_space(tmp_path, monkeypatch, server, there, fits):
-    """The same disk, 500 bytes short for all, suffices once 1000 are there."""
-    archive = len(make_zip(CLIPS))
-    for name, content in there.items():
-        (tmp_path / name).write_bytes(content)
-    usage = types.SimpleNamespace(free=2 * archive - 500)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    settings = get_data.Settings(data=tmp_path, hosts=(server.url,))
-    if fits:
-        get_data.require_disk_space(settings)
-    else:
-        with pytest.raises(InputError, match=f"{usage.free / 1e9:.3f} GB free.* need {2 * archive / 1e9:.3f} GB"):
-            get_data.require_disk_space(settings)
-
-
-def test_disk_space_that_no_host_tells(tmp_path, monkeypatch, nobody):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=5e9))
-    with pytest.raises(InputError, match="5.000 GB free.* need 5.940 GB"):
-        get_data.require_disk_space(get_data.Settings(data=tmp_path, hosts=(nobody,)))
+def test_disk_space(tmp_path, monkeypatch):
+    """A disk with 1000 bytes too few suffices once 1000 are there."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=5_940_000_000 - 1000))
+    with pytest.raises(InputError, match="5.940 GB free.* need 5.940 GB"):
+        get_data.require_disk_space(tmp_path)
+    (tmp_path / "0").mkdir()
+    put(tmp_path, {f"{PART}.partial": bytes(500), "0/a.mp3": bytes(500)})
+    get_data.require_disk_space(tmp_path)
 
 
 def test_unpacking_goes_on_after_a_kill(client, nobody):
     """A pipe in a half-written clip's place stops the script there, until it is killed."""
-    client.put(make_files())
+    put(client.data, FILES)
     (client.data / "9").mkdir()
     pipe = client.data / "9" / "clip1.mp3.partial"
     os.mkfifo(pipe)
@@ -380,9 +360,8 @@ def test_unpacking_goes_on_after_a_kill(client, nobody):
     before = (client.data / "0" / "clip0.mp3").stat()
     assert not (client.data / "9" / "clip1.mp3").exists()
     pipe.unlink()
-    pipe.write_bytes(b"half")
-    (client.data / "9" / "clip0.mp3").write_bytes(CLIPS["9/clip0.mp3"][:5000])
-    (client.data / "0" / "clip1.mp3").write_bytes(bytes(len(CLIPS["0/clip1.mp3"])))
+    put(client.data / "9", {"clip1.mp3.partial": b"half", "clip0.mp3": CLIPS["9/clip0.mp3"][:5000]})
+    put(client.data / "0", {"clip1.mp3": bytes(len(CLIPS["0/clip1.mp3"]))})
     client.run(nobody)
     client.assert_complete()
     after = (client.data / "0" / "clip0.mp3").stat()
@@ -401,14 +380,11 @@ def symlink(name):
 def test_member_that_would_leave_the_folder(tmp_path, member):
     data = tmp_path / "data"
     data.mkdir()
-    files = make_files(make_zip(CLIPS | {member: b"/etc"}))
-    for part in get_data.PARTS:
-        (data / part).write_bytes(files[part])
-    name = getattr(member, "filename", member)
+    put(data, make_files(make_zip(CLIPS | {member: b"/etc"})))
     with pytest.raises(InputError) as error:
         get_data.unpack(data)
-    assert repr(name) in str(error.value)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", *get_data.PARTS]
+    assert repr(getattr(member, "filename", member)) in str(error.value)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["data", *FILES])
 
 
 DIRECTORY = make_zip(CLIPS).index(b"PK\x01\x02")
@@ -436,9 +412,7 @@ def damaged(where, compression=zipfile.ZIP_STORED, flip=0xFF):
     ids=lambda item: item[0],
 )
 def test_damaged_archive(tmp_path, archive):
-    files = make_files(archive[1])
-    for part in get_data.PARTS:
-        (tmp_path / part).write_bytes(files[part])
+    put(tmp_path, make_files(archive[1]))
     with pytest.raises(InputError, match="damaged archive"):
         get_data.unpack(tmp_path)
     assert not list(tmp_path.glob("0/*"))  # neither the clip nor half of it
@@ -447,29 +421,17 @@ def test_damaged_archive(tmp_path, archive):
 def test_damaged_archive_is_one_line(tmp_path, run_script, nobody):
     files = make_files(damaged(5000))
     client = Client(tmp_path, run_script, files)
-    client.put(files)
+    put(client.data, files)
     assert "damaged archive" in client.error(nobody)
 
 
 def test_joined_parts_read_like_the_file(tmp_path):
     rng = random.Random(1)
     whole = rng.randbytes(1000)
-    paths = [tmp_path / name for name in "abcd"]
-    for path, content in zip(paths, (whole[:400], b"", whole[400:401], whole[401:])):
-        path.write_bytes(content)
-    joined, same = io.BufferedReader(get_data.JoinedParts(paths), 64), io.BytesIO(whole)
+    put(tmp_path, {"a": whole[:400], "b": b"", "c": whole[400:401], "d": whole[401:]})
+    joined = io.BufferedReader(get_data.JoinedParts([tmp_path / name for name in "abcd"]), 64)
+    same = io.BytesIO(whole)
     for _ in range(1000):
         offset, size = rng.randrange(1100), rng.randrange(600)
         assert joined.seek(offset) == same.seek(offset) and joined.read(size) == same.read(size)
     assert joined.seek(-5, os.SEEK_END) == 995 and joined.read() == whole[-5:]
-
-
-def test_demo(monkeypatch, tmp_path, capsys):
-    rendered = []
-    demo = types.SimpleNamespace(render=lambda folder, n_clips, seed: rendered.append((folder, n_clips, seed)))
-    monkeypatch.setitem(sys.modules, "demo", demo)
-    command = ["get_data.py", "--demo", "--data", str(tmp_path), "--demo-clips", "3", "--demo-seed", "5"]
-    monkeypatch.setattr(sys, "argv", command)
-    get_data.main()
-    assert rendered == [(tmp_path / "demo", 3, 5)]
-    assert capsys.readouterr().out == f"next: python gen_spectrograms.py --data {tmp_path / 'demo'}\n"

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import ROOT
-from model import BatchDropout, ConvPool, FeatureBatchNorm, MultiScaleCNN, choose_device, initialize
+from lib.parallel import keep_freed_memory
+from model import BatchDropout, ConvPool, FeatureBatchNorm, MultiScaleCNN, initialize
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
 
@@ -54,7 +55,7 @@ def test_forward_pass_equals_the_recorded_one(dtype, tolerance, run):
 
 
 def test_five_adam_steps_equal_the_recorded_ones():
-    choose_device("cpu")  # for its memory settings: float64 is slow enough
+    keep_freed_memory()  # float64 is slow enough
     recorded = RECORDED["five_adam_steps_without_dropout"]
     net = network(torch.float64).train()
     net.dropout.draw_mask = torch.ones

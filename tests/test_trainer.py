@@ -1,7 +1,6 @@
 """Training: the original's split and order, what is saved when, resuming, several processes."""
 
 import csv
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,39 +15,20 @@ import pytest
 import torch
 
 import trainer
-from common import InputError
 from conftest import ROOT, write_dump
-from dump import Dump, band_normalization
+from lib.checkpoint import load_checkpoint, save
+from lib.common import InputError
+from lib.dump import Dump, band_normalization
+from lib.experiment import NOT_HYPERPARAMETERS
+from lib.feeder import Feeder
+from lib.report import Losses
+from lib.splits import divide_clips, epoch_batches, split_by_artist, split_sizes
 from model import MultiScaleCNN, initialize
-from tagger import load_checkpoint
-from trainer import (
-    Settings,
-    Training,
-    divide_clips,
-    epoch_batches,
-    learning_rate_at,
-    split_by_artist,
-    split_clips,
-    split_sizes,
-)
+from trainer import Settings, learning_rate_at, split_clips
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
-TINY = [
-    "--epochs",
-    3,
-    "--train-size",
-    8,
-    "--validation-size",
-    3,
-    "--batch-size",
-    2,
-    "--super-batch-size",
-    5,
-    "--learning-rate",
-    1e-4,
-    "--drop-after",
-    2,
-]
+TINY = "--device cpu --epochs 3 --train-size 8 --validation-size 3 --batch-size 2 --super-batch-size 5".split()
+TINY += "--learning-rate 1e-4 --drop-after 2".split()
 
 
 def sha(rows):
@@ -89,14 +69,17 @@ def test_the_defaults_are_the_originals():
     assert (settings.split, settings.normalize_on, settings.precision) == ("random", "all", "float32")
 
 
-def test_a_smaller_data_set_is_divided_in_the_same_proportions(capsys):
+def test_the_papers_sizes_on_a_smaller_data_set_keep_their_proportions(capsys):
     assert split_sizes(25863, 18000, 2000) == (18000, 2000)
+    assert split_sizes(20, 8, 3) == (8, 3)
     assert capsys.readouterr().out == ""
     assert split_sizes(2586, 18000, 2000) == (1800, 200)
     assert "same proportions" in capsys.readouterr().out
+    assert split_sizes(20001, 18000, 2000) == (13920, 1547), "4,534 clips for the test, not 1"
     assert split_sizes(3, 18000, 2000) == (1, 1)
-    with pytest.raises(InputError):
-        split_sizes(2, 18000, 2000)
+    for n_clips, *sizes in ((2, 18000, 2000), (25863, 20000, 5863), (20, 17, 3), (20, 30, 3)):
+        with pytest.raises(InputError, match="--train-size .* choose smaller ones"):
+            split_sizes(n_clips, *sizes)
 
 
 def test_no_artist_is_in_two_parts_and_sizes_are_near():
@@ -126,7 +109,7 @@ def test_the_real_tables_split_as_published(shared, real_tables):
         settings = Settings(data=real_tables, split=split)
         rng = np.random.RandomState(1337)
         initialize(MultiScaleCNN(50), rng)
-        train, validation, test = trainer.divide_clips(settings, Clips(), rng)
+        train, validation, test = divide_clips(settings, Clips(), rng).values()
         assert sorted(np.concatenate([train, validation, test])) == list(range(25863))
         in_training = {kind: {getattr(info[row], kind) for row in train} for kind in ("track", "album", "artist")}
         share = {
@@ -199,7 +182,7 @@ def same_checkpoint(one, other):
 
 def without_paths(checkpoint):
     checkpoint["hyperparameters"] = {
-        name: value for name, value in checkpoint["hyperparameters"].items() if name not in trainer.NOT_HYPERPARAMETERS
+        name: value for name, value in checkpoint["hyperparameters"].items() if name not in NOT_HYPERPARAMETERS
     }
     return checkpoint
 
@@ -234,62 +217,165 @@ def test_killed_interrupted_and_resumed_is_bit_identical(uninterrupted, small, t
         assert (folder / name).read_bytes() == (tmp_path / "paper" / name).read_bytes(), name
 
 
-def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, small, tmp_path, run_script):
+def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, small, tmp_path, call_script):
     folder, _ = uninterrupted
     arguments = ["--experiments", folder.parent, *TINY, "--resume"]
-    done = run_script("trainer.py", "--data", small, *arguments, "--seed", 1, "--n-tags", 2, status=1)
+    done = call_script("trainer.py", "--data", small, *arguments, "--seed", 1, "--n-tags", 2, status=1)
     assert "n_tags (50 there, 2 now), seed (1337 there, 1 now)" in done.stderr and done.stderr.count("\n") == 1
     other = write_dump(tmp_path, n_clips=20, seed=1)
-    assert "not the dump" in run_script("trainer.py", "--data", other, *arguments, status=1).stderr
+    assert "not the dump" in call_script("trainer.py", "--data", other, *arguments, status=1).stderr
 
 
-def training_on(data, **changes):
-    dump = Dump(data)
-    settings = Settings(data=data, train_size=8, validation_size=3)
-    training = Training(dataclasses.replace(settings, **changes), dump, torch.device("cpu"))
-    training.load_clips(dump)
-    return training
+def test_only_a_strictly_better_score_is_kept(small, tmp_path, monkeypatch, capsys):
+    scores = iter([0.5, 0.7, 0.7, 0.6, 0.71, 0.9])  # the last is the test's
+    monkeypatch.setattr(trainer, "macro", lambda _: next(scores))
+    settings = Settings(data=small, train_size=2, validation_size=3, epochs=4)
+    trainer.train(settings, torch.device("cpu"), torch.float32, tmp_path, saved=None)
+    history = load_checkpoint(tmp_path / "last.pt")["history"]
+    assert [row["best"] for row in history] == [True, True, False, False, True]
+    assert load_checkpoint(tmp_path / "best.pt")["history"] == history
+    assert "best validation ROC-AUC 0.7100 (epoch 4), test ROC-AUC 0.9000" in capsys.readouterr().out
 
 
-def test_only_a_strictly_better_score_is_saved(small, tmp_path, monkeypatch):
-    training = training_on(small)
-    scores = iter([0.5, 0.7, 0.7, 0.6, 0.71])
-    monkeypatch.setattr(training, "score", lambda rows: next(scores))
-    chosen = []
-    for epoch in range(5):
-        training.epoch = epoch
-        training.validate_and_save(tmp_path, loss=None if epoch == 0 else 1.0)
-        chosen.append(load_checkpoint(tmp_path / "best.pt")["history"][-1]["epoch"])
-        assert load_checkpoint(tmp_path / "last.pt")["history"][-1]["epoch"] == epoch
-    assert chosen == [0, 1, 1, 1, 4]
-
-
-def test_the_loop_feeds_the_right_clips_in_the_right_order(small, monkeypatch):
-    training = training_on(small, batch_size=2, super_batch_size=5)
-    normalized = (
-        np.concatenate(training.feeder.dump.chunks) - training.record["normalization"]["mean"].numpy()[:, None]
-    ) / (training.record["normalization"]["std"].numpy()[:, None])
+def test_the_loop_feeds_each_epochs_clips_in_the_originals_order(small, tmp_path, monkeypatch):
     fed = []
+    batches = Feeder.batches
 
-    def step(clips, rows, n_clips):
-        assert torch.allclose(clips[:, 0], torch.from_numpy(normalized[rows]), atol=1e-5)
-        fed.append(rows.copy())
-        return torch.tensor(0.5)
+    def recorded(feeder, parts):
+        fed.append([rows.copy() for rows in parts])
+        return batches(feeder, parts)
 
-    monkeypatch.setattr(training, "train_step", step)
-    order = training.train.copy()
-    training.run_epoch(1)
-    assert [len(rows) for rows in fed] == [2, 2, 1, 2, 1]
-    assert np.array_equal(np.concatenate(fed), order)
-    assert not np.array_equal(training.train, order) and set(training.train) == set(order)
+    monkeypatch.setattr(Feeder, "batches", recorded)
+    settings = Settings(data=small, train_size=8, validation_size=3, batch_size=2, super_batch_size=5, epochs=2)
+    trainer.train(settings, torch.device("cpu"), torch.float32, tmp_path, saved=None)
+    rng = np.random.RandomState(1337)
+    initialize(MultiScaleCNN(3), rng)
+    train, validation, test = split_clips(20, 8, 3, rng)
+    validated, first, _, second, _, tested = fed
+    assert [len(rows) for rows in first] == [2, 2, 1, 2, 1]
+    assert np.array_equal(np.concatenate(first), train)
+    rng.shuffle(train)
+    assert np.array_equal(np.concatenate(second), train)
+    assert np.array_equal(np.concatenate(validated), validation) and np.array_equal(np.concatenate(tested), test)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, monkeypatch):
-    training = training_on(small, batch_size=2)
-    losses = iter([1.0, 0.9, float("nan"), 0.8, 0.7])
-    monkeypatch.setattr(training, "train_step", lambda *_: torch.tensor(next(losses)))
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_batches_are_the_normalised_clips_and_their_labels(small, resident):
+    dump = Dump(small)
+    mean, std = band_normalization(*dump.band_sums())
+    expected = (np.concatenate(dump.chunks) - mean[:, None]) / std[:, None]
+    feeder = Feeder(dump, dump.labels, (mean, std), torch.device("cpu"), resident=resident)
+    parts = [np.array([19, 0, 7]), np.array([3]), np.array([8, 2])]
+    for rows, (spectrograms, labels) in zip(parts, feeder.batches(parts), strict=True):
+        assert torch.allclose(spectrograms[:, 0], torch.from_numpy(expected[rows]), atol=1e-5)
+        assert np.array_equal(labels.numpy(), dump.labels[rows])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step():
+    losses = Losses(1, n_steps=5, device=torch.device("cpu"), dtype=torch.float32)
+    losses.append(torch.tensor(1.0))
+    losses.append(torch.tensor(0.9))
     with pytest.raises(InputError, match="epoch 1, step 3: the loss is nan"):
-        training.run_epoch(1)
+        losses.append(torch.tensor(float("nan")))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_nothing_is_deleted_before_everything_is_checked(uninterrupted, small, tmp_path, call_script):
+    folder = shutil.copytree(uninterrupted[0], tmp_path / "paper")
+    (folder / "results.json").write_text("{}")
+    before = contents(folder)
+    arguments = ["--experiments", tmp_path, *TINY, "--overwrite"]
+    for wrong in (
+        ["--data", tmp_path / "typo"],
+        ["--seed", -1],
+        ["--split", "folder", "--train-size", 99],
+        ["--resume"],
+    ):
+        wrong = [*wrong, "--data", small] if "--data" not in wrong else wrong
+        wrong += ["--split", "random"] if "folder" in wrong else []
+        call_script("trainer.py", *arguments, *wrong, status=1)
+        assert contents(folder) == before, wrong
+    call_script("trainer.py", "--data", small, *arguments, "--epochs", 0)
+    assert not (folder / "results.json").exists(), "it described the old experiment"
+    assert (
+        len(load_checkpoint(folder / "best.pt")["history"]) == len(load_checkpoint(folder / "last.pt")["history"]) == 1
+    )
+
+
+def test_half_an_experiment_is_neither_overwritten_nor_resumed(uninterrupted, small, tmp_path, call_script):
+    arguments = ["--data", small, "--experiments", tmp_path, *TINY]
+    folder = shutil.copytree(uninterrupted[0], tmp_path / "paper")
+    (folder / "last.pt").rename(tmp_path / "last.pt")
+    assert "holds an experiment" in call_script("trainer.py", *arguments, status=1).stderr
+    assert "last.pt: missing" in call_script("trainer.py", *arguments, "--resume", status=1).stderr
+    last = load_checkpoint(tmp_path / "last.pt")
+    last["history"][-1]["best"] = False
+    save(folder / "last.pt", last)
+    (folder / "best.pt").unlink()
+    assert "best.pt: missing" in call_script("trainer.py", *arguments, "--resume", status=1).stderr
+
+
+def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, call_script):
+    shutil.copytree(uninterrupted[0], tmp_path / "paper")
+    arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--resume"]
+    for other in (["--epochs", 2], ["--drop-after", 1], ["--drop-after", 2, 2]):
+        error = call_script("trainer.py", *arguments, *other, status=1).stderr
+        assert "other hyperparameters" in error and error.count("\n") == 1
+    call_script("trainer.py", *arguments, "--epochs", 4, "--drop-after", 2, 3)
+    history = load_checkpoint(tmp_path / "paper/last.pt")["history"]
+    assert [row["learning_rate"] for row in history[1:]] == [1e-4, 1e-4, 1e-5, 1e-6]
+    assert history[:4] == load_checkpoint(uninterrupted[0] / "last.pt")["history"]
+
+
+def test_resuming_in_bfloat16_is_bit_identical(small, tmp_path, call_script):
+    for name, runs in (("whole", [2]), ("resumed", [1, 2])):
+        for epochs in runs:
+            arguments = ["--data", small, "--experiments", tmp_path, "--name", name, *TINY, "--resume"]
+            call_script("trainer.py", *arguments, "--precision", "bfloat16", "--epochs", epochs)
+    for name in ("best.pt", "last.pt"):
+        one, other = (without_paths(load_checkpoint(tmp_path / run / name)) for run in ("whole", "resumed"))
+        one["hyperparameters"]["epochs"] = other["hyperparameters"]["epochs"] = None
+        assert same_checkpoint(one, other), name
+
+
+def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script):
+    best = uninterrupted[0] / "best.pt"
+    started = load_checkpoint(best)
+    arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0, "--start-from", best, "--name"]
+    assert "its own last layer" in call_script("trainer.py", *arguments, "same").stdout
+    same = load_checkpoint(tmp_path / "same/best.pt")
+    assert same_checkpoint(same["weights"], started["weights"])
+    assert same_checkpoint(same["normalization"], started["normalization"])
+    assert same["history"][0]["validation_roc_auc"] == started["history"][-1]["validation_roc_auc"]
+    assert same["hyperparameters"]["start_from"] == str(best)
+    assert "a fresh last layer" in call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout
+    other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
+    assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["top.bias"]) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_steps_as_a_graph_and_one_by_one_give_the_same_losses(small, tmp_path, call_script):
+    histories = []
+    for graph in ("--graph", "--no-graph"):
+        arguments = ["--data", small, "--experiments", tmp_path, "--name", graph, *TINY, "--device", "cuda"]
+        call_script("trainer.py", *arguments, graph, "--precision", "float64")
+        histories.append(load_checkpoint(tmp_path / graph / "last.pt")["history"])
+    for one, other in zip(*histories):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
+
+
+def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path):
+    for trial in range(2):
+        both = [train(small, tmp_path / str(trial), "--epochs", 1, "--seed", seed) for seed in (1, 2)]
+        printed = [process.communicate(timeout=120) for process in both]
+        assert sorted(process.returncode for process in both) == [0, 1]
+        loser, winner = sorted(range(2), key=lambda index: both[index].returncode, reverse=True)
+        assert "another trainer.py is at work in it" in printed[loser][1] and printed[loser][1].count("\n") == 1
+        best = load_checkpoint(tmp_path / str(trial) / "paper/best.pt")
+        assert best["hyperparameters"]["seed"] == winner + 1
 
 
 def test_a_tag_of_one_class_in_validation_is_named_once(small, uninterrupted):
@@ -303,12 +389,12 @@ def test_a_tag_of_one_class_in_validation_is_named_once(small, uninterrupted):
     assert sorted(one_class[0].split(": ")[-1].split(", ")) == sorted(expected)
 
 
-def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, run_script):
+def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_script):
     write_dump(tmp_path, n_clips=3)
-    done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path, "--epochs", 1)
+    done = call_script("trainer.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path, "--epochs", 1)
     assert "no score can choose" in done.stdout and "same proportions" in done.stdout
     assert "validation ROC-AUC undefined (epoch 1), test ROC-AUC undefined" in done.stdout
-    done = run_script("evaluate.py", "--data", tmp_path, "--experiments", tmp_path)
+    done = call_script("evaluate.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path)
     assert "ROC-AUC            undefined" in done.stdout and "nan" not in done.stdout
 
 
@@ -317,11 +403,30 @@ def copy_without_manifest(dump, folder):
     shutil.copytree(dump, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dump.json"))
 
 
-def test_spectrograms_and_labels_that_do_not_belong_together(small, tmp_path, run_script):
+LABELS = np.zeros((20, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "name, array, complaint",
+    {
+        "fewer": ("ids.npy", np.arange(19), "19 ids"),
+        "string ids": ("ids.npy", np.array(list("abcdefghijklmnopqrst")), "not integers"),
+        "two": ("tags.npy", LABELS + 2, "other values than 0 and 1"),
+        "minus one": ("tags.npy", LABELS.astype(int) - 1, "other values than 0 and 1"),
+        "NaN": ("tags.npy", LABELS + np.nan, "other values than 0 and 1"),
+        "strings": ("tags.npy", LABELS.astype(str), "other values than 0 and 1"),
+        "Fortran": ("spectrograms_0.npy", np.zeros((7, 128, 628), np.float32, order="F"), "in Fortran order"),
+        "float64": ("spectrograms_0.npy", np.zeros((7, 128, 628)), "float64"),
+        "infinite": ("spectrograms_0.npy", np.full((7, 128, 628), np.inf, np.float32), "not finite"),
+    }.values(),
+    ids=lambda value: "",
+)
+def test_another_programs_dump_is_checked(small, tmp_path, name, array, complaint):
     copy_without_manifest(small, tmp_path)
-    np.save(tmp_path / "ids.npy", np.arange(19))
-    done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path / "e", status=1)
-    assert "don't belong together" in done.stderr and "19 ids" in done.stderr
+    np.save(tmp_path / name, array)
+    with pytest.raises(InputError, match=complaint) as error:
+        Dump(tmp_path).band_sums()
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_dump_without_paths_is_not_divided_by_folder(small, tmp_path):

@@ -5,6 +5,7 @@ display is needed. Colours are Okabe and Ito's, or change in lightness, and noth
 """
 
 import textwrap
+import warnings
 
 import matplotlib.style
 import numpy as np
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from common import whole_file
+from lib.audio import HOP_LENGTH, SAMPLE_RATE
+from lib.common import whole_file
+from lib.scores import format_score
 
 STYLE = {
     "savefig.dpi": 100,
@@ -52,10 +55,9 @@ def training_curves(path, history, synthetic=False):
     loss_axes.set_ylabel("training loss (nats)")
     score_axes.plot(epochs, np.where(epochs > 0, scores, np.nan), "o-", color=BLUE, markersize=3)
     if epochs[0] == 0 and np.isfinite(scores[0]):  # only in words: an axis from there would dwarf the rest
-        score_axes.plot([], [], " ", label=f"before training: {scores[0]:.4f}")
+        score_axes.plot([], [], " ", label=f"before training: {format_score(scores[0])}")
     chosen = max(index for index, row in enumerate(history) if row["best"])
-    shown_score = f"{scores[chosen]:.4f}" if np.isfinite(scores[chosen]) else "undefined"
-    label = f"chosen: epoch {epochs[chosen]}, ROC-AUC {shown_score}"
+    label = f"chosen: epoch {epochs[chosen]}, ROC-AUC {format_score(scores[chosen])}"
     score_axes.plot(epochs[chosen], scores[chosen], "*", color=VERMILLION, markersize=13, mec="black", label=label)
     score_axes.legend(reverse=True)
     score_axes.set(ylabel="validation ROC-AUC", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ymargin=0.1)
@@ -76,14 +78,14 @@ def _mark_learning_rates(top, bottom, trained):
 
 
 @styled
-def per_tag_roc_auc(path, rows, synthetic=False, title="ROC-AUC of each tag", interval="95% interval"):
+def per_tag_roc_auc(path, rows, synthetic=False, interval="95% interval"):
     """Draw each tag's score with its interval, best first, and beside it how common the tag is.
 
     `rows` has a dict for each tag: "tag", "prevalence" (0 to 1), "roc_auc", "roc_auc_low" and "roc_auc_high", the
     last three NaN where the clips are all positive or all negative. `interval` says what low and high are.
     """
     rows = sorted(rows, key=lambda row: (np.isnan(row["roc_auc"]), -np.nan_to_num(row["roc_auc"]), row["tag"]))
-    figure = _figure(title, synthetic, 6.4, 1.2 + 0.17 * len(rows))
+    figure = _figure("ROC-AUC of each tag", synthetic, 6.4, 1.2 + 0.17 * len(rows))
     score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     score_axes.set(yticks=range(len(rows)), yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
     for axes in (score_axes, bar_axes):
@@ -148,18 +150,18 @@ def _correlations(columns):
 
 
 @styled
-def taggram(path, log_mel, tag_names, times, probabilities, title, sample_rate=11025, hop_length=512, synthetic=False):
+def taggram(path, log_mel, tag_names, times, probabilities, title, synthetic=False):
     """Draw a recording's spectrogram and, below it, the tags over the same time, likeliest first.
 
-    `log_mel` (bands, frames) is the natural logarithm of the power, `times` (windows,) the windows' centres in
-    seconds, `probabilities` (windows, tags). Each moment shows the window whose centre is nearest.
+    `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
+    in seconds, `probabilities` (windows, tags). Each moment shows the window whose centre is nearest.
     """
     times, probabilities = np.asarray(times), np.asarray(probabilities)
-    duration = log_mel.shape[1] * hop_length / sample_rate
+    duration = log_mel.shape[1] * HOP_LENGTH / SAMPLE_RATE
     heights = 2.4, max(0.9, 0.2 * len(tag_names))  # inches
     figure = _figure(title, synthetic, 7, sum(heights) + 1)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=heights)
-    _spectrogram(figure, top, log_mel, sample_rate, duration)
+    _spectrogram(figure, top, log_mel, duration)
     order = np.argsort(-probabilities.mean(axis=0), kind="stable")
     edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])
     rows = np.arange(len(order) + 1) - 0.5
@@ -171,7 +173,9 @@ def taggram(path, log_mel, tag_names, times, probabilities, title, sample_rate=1
     return _save(figure, path)
 
 
-def _spectrogram(figure, axes, log_mel, sample_rate, duration):
+def _spectrogram(figure, axes, log_mel, duration):
+    from librosa import hz_to_mel  # takes a second to import
+
     n_bands, n_frames = log_mel.shape
     step = -(-n_frames // MAX_COLUMNS)
     starts = np.arange(0, n_frames, step)
@@ -179,16 +183,12 @@ def _spectrogram(figure, axes, log_mel, sample_rate, duration):
     decibels = 10 * np.log10(np.e) * (columns - columns.max())
     extent = (0, duration * len(starts) * step / n_frames, -0.5, n_bands - 0.5)  # the last column may be short
     image = axes.imshow(decibels, cmap=LOUDNESS, vmin=-DYNAMIC_RANGE, vmax=0, extent=extent, origin="lower")
-    ticks = [frequency for frequency in (128, 256, 512, 1024, 2048, 4096) if frequency < sample_rate / 2]
-    bands_per_mel = (n_bands + 1) / _mel(sample_rate / 2)  # the first band is centred at one, not at 0
-    axes.set_yticks([bands_per_mel * _mel(frequency) - 1 for frequency in ticks], ticks, fontsize=7)
+    ticks = [128, 256, 512, 1024, 2048, 4096]
+    *mels, highest = hz_to_mel([*ticks, SAMPLE_RATE / 2])
+    bands = (n_bands + 1) * np.array(mels) / highest - 1  # band 0 is centred one band above 0 Hz
+    axes.set_yticks(bands, ticks, fontsize=7)
     axes.set(aspect="auto", ylabel="frequency (Hz)")
     figure.colorbar(image, ax=axes, label="power (dB, peak = 0)", pad=0.01, aspect=10)
-
-
-def _mel(hertz):
-    """Return Slaney's mels: linear to 1000 Hz, 15 mels, and logarithmic above, 27 mels for a factor of 6.4."""
-    return hertz * 15 / 1000 if hertz < 1000 else 15 + 27 * np.log(hertz / 1000) / np.log(6.4)
 
 
 def _figure(title, synthetic, width, height, layout="constrained"):
@@ -201,6 +201,7 @@ def _figure(title, synthetic, width, height, layout="constrained"):
 
 def _save(figure, path):
     """Write the figure and return it."""
-    with whole_file(path) as file:
+    with whole_file(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for letters that no font has
         figure.savefig(file, format="png", metadata={"Software": None})
     return figure

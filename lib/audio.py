@@ -1,0 +1,155 @@
+"""The front end: audio file -> mono samples at 11,025 Hz -> log-mel spectrogram."""
+
+import functools
+import os
+import sys
+
+import numpy as np
+
+from lib.common import InputError, reason
+
+# soundfile, soxr, librosa and torch are imported where they are used: scoring a dump needs no audio library.
+
+N_MELS, N_FRAMES = 128, 628
+# The original's front end: librosa.load(sr=11025), then melspectrogram with the defaults of its day, then the log.
+FRONT_END = {
+    "sample_rate": 11025,  # Hz
+    "resampler": "soxr HQ",  # librosa's default today; the original's was kaiser_best
+    "n_fft": 2048,  # samples; Hann window, centred
+    "hop_length": 512,  # samples
+    "pad_mode": "reflect",  # librosa's default before 0.10
+    "n_mels": N_MELS,  # Slaney's scale and area normalisation, 0 Hz to half the sample rate, power spectrum
+    "floor": 1e-20,  # of the power, before the natural logarithm
+    "n_frames": N_FRAMES,
+}
+SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
+CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
+CLIP_SECONDS_READ = 31  # of a longer file: more than the 628 frames and the resampler reach
+FRAMES_AT_ONCE = 64  # stay in the cache from the window to the mel bands
+BANDS_AT_ONCE = 16  # neighbouring mel bands, which share a narrow range of frequencies
+
+
+def log_mel_spectrogram(path):
+    """Return the log-mel spectrogram of an audio file's first 29.1 s: (128, 628) float32, mel bands x frames.
+
+    A shorter file is padded with silence before the transform. Raises InputError if it can't be decoded.
+    """
+    return log_mel(load(path, CLIP_SECONDS_READ))
+
+
+def load(path, seconds=None):
+    """Return the samples of an audio file, or of its first `seconds`: mono, 11,025 Hz, float32, full scale 1.
+
+    Raises InputError for a file that is missing, not audio, empty, or not finite.
+    """
+    try:
+        return resample(*decode(path, seconds))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def decode(path, seconds=None):
+    """Return (samples, sample_rate): the audio file, or its first `seconds`, in mono, float32, full scale 1.
+
+    Raises InputError, which does not name the file, if there are none.
+    """
+    import soundfile
+
+    try:
+        with open(path, "rb") as file:  # whose errors are clearer than the library's
+            if not file.read(1):
+                raise InputError("empty file")
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            n_left = sys.maxsize if seconds is None else int(seconds * file.samplerate)
+            blocks = []
+            while n_left > 0:  # in blocks, because a damaged header may promise any number of samples
+                n_wanted = min(n_left, 1 << 19)
+                block = file.read(n_wanted, dtype="float32", always_2d=True)
+                blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+                n_left -= len(block)
+                # Asking once more would make libsndfile search an mp3's end: slow, and in a damaged file it then
+                # finds itself somewhere in the middle and repeats what was read
+                if len(block) < n_wanted:
+                    break
+            sample_rate = file.samplerate
+    except InputError:
+        raise
+    except soundfile.LibsndfileError as error:
+        message = error.error_string.rstrip(".").lower()
+        if "does not exist" in message:  # libsndfile's words for an mp3 without a single frame
+            message = "format not recognised"
+        raise InputError(f"can't be decoded ({message})") from error
+    except OSError as error:
+        raise InputError(error.strerror.lower()) from error
+    except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
+        raise InputError(f"can't be decoded ({reason(error)})") from error
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), sample_rate
+
+
+def resample(samples, sample_rate):
+    """Return mono `samples` at 11,025 Hz, as librosa.resample(res_type="soxr_hq") gives them.
+
+    Raises InputError for no samples, for a sample rate of no recording, and if the result is not finite.
+    """
+    import soxr
+
+    if not len(samples):
+        raise InputError("no audio in it")
+    if not 100 <= sample_rate <= 1e6:
+        raise InputError(f"a sample rate of {sample_rate} Hz")
+    if sample_rate != SAMPLE_RATE:
+        resampled = soxr.resample(samples, sample_rate, SAMPLE_RATE, quality="HQ")
+        length = int(np.ceil(len(samples) * SAMPLE_RATE / sample_rate))  # librosa rounds up, soxr to the nearest
+        samples = pad(resampled[:length], length)
+    if not np.isfinite(samples).all():  # checked here, because loud samples can overflow in the resampler
+        raise InputError("samples that are not finite")
+    return samples
+
+
+def pad(samples, length=CLIP_SAMPLES):
+    """Return `samples` with silence after them if they are fewer than `length`."""
+    missing = length - len(samples)
+    return np.concatenate([samples, np.zeros(missing, np.float32)]) if missing > 0 else samples
+
+
+def log_mel(samples, n_frames=N_FRAMES):
+    """Return the log-mel spectrogram of the first `n_frames` of samples at 11,025 Hz: (128, n_frames) float32.
+
+    Too few samples are padded with silence. The spectrum is computed in float64, as librosa does: the strong low
+    frequencies of music would leave too few digits for the weak high ones in float32.
+    """
+    import torch
+
+    window, filters = _window_and_filters()
+    half = N_FFT // 2
+    samples = samples[: (n_frames - 1) * HOP_LENGTH + half]  # what the last frame reaches
+    samples = pad(samples, max((n_frames - 1) * HOP_LENGTH, N_FFT))
+    reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
+    frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
+    mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
+    with torch.inference_mode():
+        for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
+            spectrum = torch.fft.rfft(some_frames * window)
+            power = spectrum.real.square() + spectrum.imag.square()
+            for bands, frequencies, weights in filters:
+                torch.mm(power[:, frequencies], weights, out=their_mel[:, bands])
+    return np.log(np.maximum(mel.numpy(), FRONT_END["floor"])).T.astype(np.float32, order="C")
+
+
+@functools.cache
+def _window_and_filters():
+    """Return the Hann window and librosa's mel filters as (bands, frequencies, weights), a few bands each.
+
+    The range of frequencies leaves out most of the zeros of the full (1025, 128) matrix.
+    """
+    import torch
+    from librosa.filters import mel
+
+    matrix = mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64)
+    filters = []
+    for first in range(0, N_MELS, BANDS_AT_ONCE):
+        bands = slice(first, first + BANDS_AT_ONCE)
+        used = np.flatnonzero(matrix[bands].any(axis=0))
+        frequencies = slice(used[0], used[-1] + 1)
+        filters.append((bands, frequencies, torch.from_numpy(matrix[bands, frequencies].T.copy())))
+    return torch.hann_window(N_FFT, dtype=torch.float64), filters

@@ -1,0 +1,130 @@
+"""Checkpoints: saved whole, loaded without executing anything, checked; and the state that resuming needs."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.audio import N_MELS
+from lib.common import InputError, reason, whole_file
+from lib.parallel import print_once
+from model import MultiScaleCNN
+
+# What a checkpoint holds, with the type of each; last.pt has a "continuation" besides, see resume_state.
+CONTENTS = {
+    "weights": dict,  # the network's state_dict
+    "tag_names": list,  # in the order of the outputs
+    "normalization": dict,  # "mean" and "std" of each mel band, (128,) float32 each
+    "front_end": dict,  # what the spectrograms were made with (lib.audio.FRONT_END); {} where nobody knows
+    "hyperparameters": dict,  # trainer.Settings
+    "clip_ids": dict,  # the clips of "train", "validation" and "test", (clips,) int64 each
+    "history": list,  # a dict for each epoch, from 0, which is before training; the last is the checkpoint's own
+    "dump": str,  # Dump.fingerprint
+    "synthetic": bool,  # trained on the demo
+}
+
+
+def save(path, checkpoint):
+    """Write a checkpoint that loads with weights_only=True."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """Return a checkpoint that trainer.py wrote, as a dict, without executing anything that the file might hold.
+
+    Raises InputError if it is missing, damaged, or something else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint; trainer.py writes it, --name or --checkpoint names another")
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
+            damaged = archive.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
+        raise InputError(f"{path}: damaged, or not a checkpoint of trainer.py ({reason(error)[:100]})") from error
+    if damaged:
+        raise InputError(f"{path}: damaged (its part {damaged} has another checksum); train again or restore a copy")
+    try:
+        wrong = _first_fault(checkpoint)
+    except Exception as error:  # right keys with contents of any kind
+        wrong = f"its contents are not as they should be ({reason(error)[:100]})"
+    if wrong:
+        raise InputError(f"{path}: not a checkpoint of trainer.py: {wrong}")
+    return checkpoint
+
+
+def _first_fault(checkpoint):
+    """Return what is wrong with the contents of a checkpoint; None if nothing is."""
+    for name, kind in CONTENTS.items():
+        if not isinstance(checkpoint[name], kind):
+            return f"its {name} is no {kind.__name__}"
+    weights, normalization = checkpoint["weights"], checkpoint["normalization"]
+    with torch.device("meta"):
+        expected = MultiScaleCNN(len(checkpoint["tag_names"])).state_dict()
+    if {name: value.shape for name, value in weights.items()} != {name: w.shape for name, w in expected.items()}:
+        return f"it holds the weights of another network than this one with {len(checkpoint['tag_names'])} tags"
+    if not all(value.isfinite().all() for value in [*weights.values(), *normalization.values()]):
+        return "it holds weights that are not finite"
+    if any(normalization[name].shape != (N_MELS,) for name in ("mean", "std")) or (normalization["std"] <= 0).any():
+        return "its normalization is impossible"
+    if any(checkpoint["clip_ids"][part].dtype != torch.int64 for part in ("train", "validation", "test")):
+        return "its clip_ids are no integers"
+    if any(row.keys() != checkpoint["history"][0].keys() for row in checkpoint["history"]):
+        return "its history is incomplete"
+    return None
+
+
+def network_of(checkpoint, device):
+    """Return the checkpoint's network on `device`, ready to predict."""
+    net = MultiScaleCNN(len(checkpoint["tag_names"]))
+    net.load_state_dict(checkpoint["weights"])
+    return net.eval().to(device, memory_format=torch.channels_last)
+
+
+def take_weights(checkpoint, net, tag_names, front_end):
+    """Copy the checkpoint's weights into `net`, but for the last layer if its tags are not `tag_names`; say so.
+
+    Raises InputError if the checkpoint's spectrograms had another front end.
+    """
+    if checkpoint["front_end"] != front_end:
+        raise InputError("--start-from: that checkpoint was trained on spectrograms of another front end")
+    weights, same_tags = checkpoint["weights"], checkpoint["tag_names"] == tag_names
+    if not same_tags:
+        weights = {name: value for name, value in weights.items() if not name.startswith("top.")}
+    net.load_state_dict(weights, strict=same_tags)
+    top = "with its own" if same_tags else "for other tags, with a fresh"
+    print_once(f"starting   from a checkpoint of epoch {checkpoint['history'][-1]['epoch']}, {top} last layer")
+
+
+# Resuming
+
+
+def resume_state(optimizer, train, rng, device):
+    """Return what resuming needs besides the checkpoint: the optimiser, the clips' order, all generators."""
+    numpy_state = rng.get_state(legacy=False)
+    return {
+        "optimizer": optimizer.state_dict(),
+        "train_order": torch.from_numpy(train),
+        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_rest": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
+        "torch_rng": torch.get_rng_state(),
+        "device_rng": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+    }
+
+
+def restore(saved, net, optimizer, train, rng, device):
+    """Put the network, the optimiser, the clips' order `train` and all generators into the state of `saved`."""
+    state = saved["continuation"]
+    net.load_state_dict(saved["weights"])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+    train[:] = state["train_order"].numpy()
+    position, has_gauss, gauss = state["numpy_rest"]
+    rng.set_state(("MT19937", state["numpy_key"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch_rng"])
+    if state["device_rng"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device_rng"])

@@ -1,0 +1,138 @@
+"""What every script needs: settings and their ranges, one-line errors, progress, whole files, locks."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS_BETWEEN_LINES = 30  # of progress, where the output is no terminal
+
+
+class InputError(Exception):
+    """Something the person running the script can put right; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number in a settings block may have, both ends included: Annotated[int, Range(1, 99)]."""
+
+    low: float
+    high: float = 1e9
+
+
+def settings_from_command_line(settings_class, description):
+    """Return `settings_class` (a dataclass) filled from the command line: every field is an option.
+
+    The comment beside a field is its help. An unknown name or a value of the wrong type ends the program with exit
+    status 2. Raises InputError for a number outside its Range.
+    """
+    import tyro  # here, so that a library user of the scripts' functions needs no command line
+
+    settings = tyro.cli(settings_class, description=description)
+    for name, hint in get_type_hints(settings_class, include_extras=True).items():
+        for allowed in getattr(hint, "__metadata__", ()):
+            value = getattr(settings, name)
+            for number in value if isinstance(value, tuple) else [value]:
+                if not allowed.low <= number <= allowed.high:  # nor is NaN
+                    ends = f"{allowed.low:g} to {allowed.high:g}"
+                    raise InputError(f"--{name.replace('_', '-')} {number}: must be in the range {ends}")
+    return settings
+
+
+def run(main, to_continue="the same command goes on from here"):
+    """Call `main()` and exit; foreseeable failures become one line on stderr and a non-zero status.
+
+    Exit status: what `main` returns (None is 0), 1 for bad input or a failed file operation, 130 for Ctrl-C.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see lib/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell's >&-
+            setattr(sys, name, open(os.devnull, "w"))
+    # Lines, so that a log file shows what has been done so far; no name of a file is too odd to print.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        status = main()
+    except (InputError, OSError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        print(f"error: {reason(error)}{f'; make room, then {to_continue}' if full else ''}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {to_continue}", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def reason(error):
+    """Return an exception as one line for the person who runs the script."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "too large for the memory"
+    first_line = next(iter(str(error).splitlines()), "")
+    return first_line if isinstance(error, InputError) else f"{type(error).__name__}: {first_line}"
+
+
+class PlainLines:
+    """A stream for tqdm that writes each state of a progress bar as a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(iterable=None, desc=None, total=None, **options):
+    """Return a tqdm bar; where the output is no terminal, it prints a plain line now and then instead."""
+    if not sys.stderr.isatty():
+        options |= dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES)
+        options |= {"file": PlainLines(), "leave": False}
+        options["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+    return tqdm(iterable, desc, total, **options)
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb", durable=True, **options):
+    """Open `path` for writing so that it appears complete or not at all, whenever the process dies.
+
+    The bytes go to `<path>.partial`, reach the disk, and only then take the name. With `durable=False` they need
+    not have reached the disk, for files that the next start checks byte by byte.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, mode, **options) as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # a full disk does not say which file it had no room for
+        raise
+
+
+@contextlib.contextmanager
+def lock(path, busy, patience=0):
+    """Hold the lock file `path` for this process; it is left behind, because deleting a lock file breaks the lock.
+
+    It dies with the process. Raises InputError(busy) if another process still holds it after `patience` seconds.
+    """
+    try:
+        with FileLock(path, timeout=patience):
+            yield
+    except Timeout:
+        raise InputError(busy) from None

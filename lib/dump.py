@@ -1,0 +1,302 @@
+"""The dump of spectrograms on disk: written clip by clip, resumed, checked, memory-mapped.
+
+A data folder's dump is spectrograms_<i>.npy (clips, 128, 628) float32, ids.npy (clips,) int64, tags.npy
+(clips, tags) uint8, tag_names.npy, mp3_paths.npy, bad_clips.csv, and dump.json. The last says what the dump was
+made from and, once every chunk is there, the CRC-32 of each file.
+"""
+
+import io
+import json
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from lib.audio import N_FRAMES, N_MELS
+from lib.common import InputError, lock, progress, whole_file
+
+CLIP_BYTES = N_MELS * N_FRAMES * 4
+MANIFEST = "dump.json"
+LOCK_SECONDS = 5  # a killed run's last worker may take eight clips' time to notice
+ANEW = "gen_spectrograms.py --overwrite makes the dump anew"
+
+
+# Writing
+
+
+class Chunk:
+    """One file of the dump, made by one process: `n_clips` consecutive clips.
+
+    Its journal has a line for each complete clip, written after the clip's spectrogram: the CRC-32 of the file
+    up to the clip's end, an outcome and a reason, both empty for a good clip.
+    """
+
+    def __init__(self, data, index, n_clips):
+        self.n_clips = n_clips
+        self.file = data / f"spectrograms_{index}.npy"
+        self.partial = data / f"spectrograms_{index}.npy.partial"
+        self.journal = data / f"spectrograms_{index}.journal"
+
+    def lock(self, patience=LOCK_SECONDS):
+        """Return a context in which no other process writes or deletes the chunk."""
+        busy = f"{self.file}: another process is making it; once that one has ended, the same command goes on"
+        return lock(self.file.with_name(f".{self.file.stem}.lock"), busy, patience)
+
+    def header(self):
+        """Return the finished file's first bytes."""
+        header = io.BytesIO()
+        layout = {"descr": "<f4", "fortran_order": False, "shape": (self.n_clips, N_MELS, N_FRAMES)}
+        np.lib.format.write_array_header_1_0(header, layout)
+        return header.getvalue()
+
+    def has_its_size(self):
+        """Return whether the finished file is there, as long as it has to be."""
+        n_bytes = len(self.header()) + self.n_clips * CLIP_BYTES
+        return self.file.exists() and self.file.stat().st_size == n_bytes
+
+    def entries(self):
+        """Return the journal's complete lines as (crc, outcome, reason)."""
+        try:
+            text = self.journal.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        entries = []
+        for line in text.split("\n")[:-1]:  # what follows the last line end was cut off by a kill
+            fields = line.split("\t")
+            if len(fields) != 3:
+                break
+            entries.append(tuple(fields))
+        return entries
+
+    def crc(self):
+        """Return the finished file's CRC-32, as the journal's last line has it."""
+        entries = self.entries()
+        return entries[-1][0] if entries else f"{zlib.crc32(self.header()):08x}"
+
+    def is_complete(self):
+        return self.has_its_size() and len(self.entries()) == self.n_clips
+
+
+class ChunkWriter:
+    """A chunk's unfinished file and its journal, opened after the last clip on which they agree.
+
+    `n_done` clips are there already. The caller holds the chunk's lock.
+    """
+
+    def __init__(self, chunk):
+        self.chunk = chunk
+        self.file = open(chunk.partial, "a+b")
+        self.journal = open(chunk.journal, "a+b", buffering=0)
+        entries, self.crc = self._verified_entries()
+        self.n_done = len(entries)
+        self.file.truncate(len(chunk.header()) + self.n_done * CLIP_BYTES)
+        self.journal.truncate(sum(len("\t".join(entry).encode()) + 1 for entry in entries))
+
+    def _verified_entries(self):
+        """Return the journal's entries that agree with the file's bytes, and the CRC-32 after the last."""
+        header = self.chunk.header()
+        verified, crc = [], zlib.crc32(header)
+        self.file.seek(0)
+        if self.file.read(len(header)) != header:
+            self.file.truncate(0)
+            self.file.write(header)
+            self.file.flush()
+            return verified, crc
+        for entry in self.chunk.entries()[: self.chunk.n_clips]:
+            clip = self.file.read(CLIP_BYTES)
+            crc_here = zlib.crc32(clip, crc)
+            if len(clip) < CLIP_BYTES or f"{crc_here:08x}" != entry[0]:
+                break
+            verified.append(entry)
+            crc = crc_here
+        return verified, crc
+
+    def append(self, spectrogram, outcome="", reason=""):
+        """Write the next clip; a spectrogram of None is all zeros."""
+        if spectrogram is None:
+            self.crc = zlib.crc32(bytes(CLIP_BYTES), self.crc)
+            self.file.truncate(self.file.seek(0, os.SEEK_END) + CLIP_BYTES)  # zeros that take no room on the disk
+        else:
+            clip = spectrogram.astype("<f4", copy=False).tobytes()
+            self.crc = zlib.crc32(clip, self.crc)
+            self.file.write(clip)
+            self.file.flush()
+        self.journal.write(f"{self.crc:08x}\t{outcome}\t{' '.join(reason.split())}\n".encode(errors="replace"))
+
+    def finish(self):
+        """Give the file, which has all its clips, its name."""
+        for file in (self.file, self.journal):
+            os.fsync(file.fileno())
+            file.close()
+        os.replace(self.chunk.partial, self.chunk.file)
+
+
+def dump_lock(data):
+    """Return a context in which no other process begins, deletes or completes the dump in folder `data`."""
+    busy = f"{data / MANIFEST}: another process is at work on the dump; once it has ended, the same command goes on"
+    return lock(data / ".dump.lock", busy, LOCK_SECONDS)
+
+
+def read_manifest(data):
+    """Return the contents of dump.json, or None where there is none. Raises InputError if it is damaged."""
+    path = data / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        intact = manifest.pop("checksum") == _checksum(manifest)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise InputError(f"{path}: damaged; delete it and start over with gen_spectrograms.py --overwrite")
+    return manifest
+
+
+def write_manifest(data, manifest):
+    with whole_file(data / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({**manifest, "checksum": _checksum(manifest)}, file, indent=1)
+
+
+def _checksum(manifest):
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+
+
+def crc_of_file(path):
+    """Return a file's CRC-32 as eight hexadecimal digits."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+# Reading
+
+
+class Dump:
+    """A finished dump, memory-mapped: `ids`, `labels`, `tag_names` and `mp3_paths`, and spectrograms by row.
+
+    `front_end` is {} and `fingerprint` empty for another program's dump. Raises InputError if a file is missing,
+    damaged or does not belong to the others; the spectrograms' own checksums are compared in `band_sums`.
+    """
+
+    def __init__(self, data):
+        self.data = data
+        self.manifest = read_manifest(data)
+        if self.manifest is None:
+            if not (data / "ids.npy").exists():
+                raise InputError(f"{data}: no spectrograms here; run gen_spectrograms.py --data {data}")
+            print(f"note: {data} has no {MANIFEST}: another program's dump, taken without checksums")
+        elif not self.manifest["complete"]:
+            raise InputError(f"{data / MANIFEST}: the dump is unfinished; run gen_spectrograms.py again to complete it")
+        known = self.manifest or {"crc32": {}, "front_end": {}, "synthetic": False, "outcomes": {"zero": 0}}
+        self.front_end, self.synthetic, self.n_bad = known["front_end"], known["synthetic"], known["outcomes"]["zero"]
+        self.fingerprint = ",".join(sorted(known["crc32"].values()))  # equal for two dumps of the same bytes
+        self.files = self._chunk_files()
+        self.chunks = [self._load(file.name, mapped=True) for file in self.files]
+        self.ids = self._load("ids.npy")
+        self.tag_names = [str(name) for name in self._load("tag_names.npy").ravel()]
+        self.labels = self._load("tags.npy")
+        self.mp3_paths = [str(path) for path in self._load("mp3_paths.npy")] if self.manifest else None
+        self._check()
+        self.labels = self.labels.astype(np.uint8)
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def _chunk_files(self):
+        files = sorted(self.data.glob("spectrograms_*.npy"), key=lambda file: (len(file.name), file.name))
+        expected = self.manifest["n_chunks"] if self.manifest else max(len(files), 1)
+        names = [f"spectrograms_{index}.npy" for index in range(expected)]
+        if [file.name for file in files] != names:
+            raise InputError(f"{self.data}: needs {names[0]} to {names[-1]} and no other such file; {ANEW}")
+        return files
+
+    def _load(self, name, mapped=False):
+        path = self.data / name
+        try:
+            if mapped:  # its checksum is compared where it is read
+                return np.lib.format.open_memmap(path, mode="r")
+            self._require(path, crc_of_file(path))
+            with open(path, "rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing; {ANEW}") from None
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # a damaged header can fail in as many ways as it can be damaged
+            raise InputError(f"{path}: damaged ({error}); {ANEW}") from error
+
+    def _check(self):
+        """Raise InputError unless all arrays are what the docstring at the top says; another program wrote them."""
+        for file, chunk in zip(self.files, self.chunks):
+            order = "C order" if chunk.flags.c_contiguous else "Fortran order"
+            if chunk.dtype != np.float32 or chunk.shape[1:] != (N_MELS, N_FRAMES) or order != "C order":
+                found = f"{chunk.dtype} {chunk.shape} in {order}"
+                raise InputError(f"{file}: holds {found}, not float32 (clips, {N_MELS}, {N_FRAMES}) in C order")
+        if self.ids.dtype.kind not in "iu" or self.ids.ndim != 1:
+            raise InputError(f"{self.data / 'ids.npy'}: holds {self.ids.dtype} {self.ids.shape}, not integers (clips,)")
+        n_clips, n_distinct = len(self.ids), len(np.unique(self.ids))
+        n_spectrograms = sum(len(chunk) for chunk in self.chunks)
+        if not n_spectrograms == n_clips == n_distinct or self.labels.shape != (n_clips, len(self.tag_names)):
+            found = f"{n_spectrograms:,} spectrograms, {n_clips:,} ids ({n_distinct:,} distinct)"
+            found += f", {len(self.tag_names)} tag names and labels {self.labels.shape}"
+            raise InputError(f"{self.data}: files that don't belong together: {found}")
+        if self.labels.dtype.kind not in "biuf" or not np.isin(self.labels, (0, 1)).all():
+            raise InputError(f"{self.data / 'tags.npy'}: holds other values than 0 and 1")
+
+    def _require(self, file, crc):
+        if self.manifest and crc != self.manifest["crc32"].get(file.name):
+            raise InputError(f"{file}: damaged or from another dump; {ANEW}")
+
+    def band_sums(self):
+        """Return each clip's sum and sum of squares over frames, (clips, 128) float64 each, checking every byte.
+
+        Raises InputError if a file of spectrograms is not the one that dump.json knows, or holds NaN.
+        """
+        sums = np.empty((2, len(self), N_MELS))
+        bar = progress(desc="normalization", total=len(self), unit="clip", delay=1, leave=False)
+        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+            tasks = [pool.submit(self._band_sums_of_chunk, index, sums, bar) for index in range(len(self.chunks))]
+            for task in tasks:
+                task.result()
+        return sums[0], sums[1]
+
+    def _band_sums_of_chunk(self, index, sums, bar, clips_at_once=8):
+        chunk, file = self.chunks[index], self.files[index]
+        crc = zlib.crc32(_header_bytes(file, chunk))
+        for start in range(0, len(chunk), clips_at_once):
+            clips = chunk[start : start + clips_at_once]
+            crc = zlib.crc32(clips, crc)
+            exact = clips.astype(np.float64)
+            rows = slice(self.starts[index] + start, self.starts[index] + start + len(clips))
+            sums[0, rows] = exact.sum(axis=2)
+            sums[1, rows] = np.einsum("cbt,cbt->cb", exact, exact)
+            bar.update(len(clips))
+        self._require(file, f"{crc:08x}")
+        if not np.isfinite(sums[1, self.starts[index] : self.starts[index + 1]]).all():
+            raise InputError(f"{file}: holds values that are not finite; {ANEW}")
+
+    def gather(self, rows, normalization, out):
+        """Copy the spectrograms of `rows` into `out` (rows, 128, 628) float32, normalised per mel band."""
+        mean, std = normalization
+        chunk_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        for target, row, chunk in zip(out, rows, chunk_of_row):
+            np.subtract(self.chunks[chunk][row - self.starts[chunk]], mean[:, None], out=target)
+            np.divide(target, std[:, None], out=target)
+
+
+def _header_bytes(file, chunk):
+    with open(file, "rb") as opened:
+        return opened.read(os.path.getsize(file) - len(chunk) * CLIP_BYTES)
+
+
+def band_normalization(sums, squares):
+    """Return the mean and standard deviation per mel band over clips and frames, (128,) float32 each."""
+    n_values = len(sums) * N_FRAMES
+    mean = sums.sum(axis=0) / n_values
+    variance = squares.sum(axis=0) / n_values - mean**2
+    std = np.sqrt(np.maximum(variance, 0))
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)

@@ -1,0 +1,115 @@
+"""An experiment's folder: claimed by one run, checked before that goes on, and filled with what shows its progress."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import time
+
+import torch
+
+from lib.checkpoint import load_checkpoint, save
+from lib.common import InputError, lock, whole_file
+from lib.parallel import barrier, is_main_process
+
+NOT_HYPERPARAMETERS = {"data", "experiments", "name", "resume", "overwrite", "device", "compile", "graph", "resident"}
+MAY_GROW = {"epochs", "drop_after"}  # between a run and its resumption, as far as no finished epoch is concerned
+# Besides last.pt, by trainer.py and by evaluate.py
+OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.csv", "per_tag.png")
+OUTPUTS += ("correlations.png", "taggram_*.png")
+SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, which short epochs would feel
+
+
+@contextlib.contextmanager
+def claimed_folder(settings):
+    """Hold the experiment's folder for this run alone; yield (folder, the checkpoint to resume from or None)."""
+    folder = settings.experiments / settings.name
+    if settings.resume and settings.overwrite:
+        raise InputError("--resume goes on and --overwrite begins anew: give one of them")
+    with contextlib.ExitStack() as held:
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            busy = f"{folder}: another trainer.py is at work in it; wait for its end, or choose another --name"
+            held.enter_context(lock(folder / ".lock", busy))
+        barrier()  # the other processes look into the folder once it is held
+        yield folder, saved_experiment(folder, settings)
+
+
+def saved_experiment(folder, settings):
+    """Return the checkpoint to resume from, or None to begin.
+
+    Raises InputError where beginning would overwrite an experiment, or resuming would change it.
+    """
+    last, best = folder / "last.pt", folder / "best.pt"
+    if settings.overwrite or not (last.exists() or best.exists()):
+        return None
+    if not settings.resume:
+        raise InputError(f"{folder}: holds an experiment; --resume goes on, --overwrite begins anew")
+    if not last.exists():
+        raise InputError(f"{last}: missing, and {best.name} is not enough to go on from; --overwrite begins anew")
+    saved = load_checkpoint(last)
+    if "continuation" not in saved:
+        raise InputError(f"{last}: lacks the state that resuming needs; it is a copy of another checkpoint")
+    require_same_hyperparameters(saved, settings, last)
+    *_, chosen = (row["epoch"] for row in saved["history"] if row["best"])
+    if not saved["history"][-1]["best"]:  # otherwise best.pt is written anew, in case a kill came before it
+        if not best.exists() or load_checkpoint(best)["history"] != saved["history"][: chosen + 1]:
+            raise InputError(f"{best}: missing, or not epoch {chosen} of this experiment; --overwrite begins anew")
+    return saved
+
+
+def require_same_hyperparameters(saved, settings, path):
+    """Raise InputError if `settings` would have made other epochs than those that `saved` has behind it."""
+    then, now, n_epochs = saved["hyperparameters"], hyperparameters(settings), saved["history"][-1]["epoch"]
+    differing = [
+        f"{name} ({then.get(name)} there, {value} now)"
+        for name, value in now.items()
+        if name not in NOT_HYPERPARAMETERS | MAY_GROW and then.get(name, getattr(type(settings), name)) != value
+    ]
+    drops = [sorted(drop for drop in each["drop_after"] if drop < n_epochs) for each in (then, now)]
+    if drops[0] != drops[1]:
+        differing.append(f"drop_after ({then['drop_after']} there, {now['drop_after']} now)")
+    if settings.epochs < n_epochs:
+        differing.append(f"epochs ({n_epochs} are done, {settings.epochs} are asked for)")
+    if differing:
+        raise InputError(f"{path}: begun with other hyperparameters: {', '.join(differing)}; resume with the same")
+
+
+def require_same_clips(saved, experiment, data):
+    """Raise InputError if `saved` was trained on another dump, or on other clips or tags of it."""
+    same_clips = all(torch.equal(ids, saved["clip_ids"][part]) for part, ids in experiment["clip_ids"].items())
+    if saved["dump"] != experiment["dump"] or saved["tag_names"] != experiment["tag_names"] or not same_clips:
+        raise InputError(f"{data}: not the dump that this experiment was begun on")
+
+
+def hyperparameters(settings):
+    """Return the settings as JSON and checkpoints hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+
+
+def write_outputs(folder, checkpoint, is_last):
+    """Write what follows from last.pt; at an experiment's start, what an older one left in the folder goes first."""
+    from lib.figures import training_curves  # matplotlib takes a while to import
+
+    history, curves = checkpoint["history"], folder / "curves.png"
+    if len(history) == 1:
+        remove_older_outputs(folder)
+    if history[-1]["best"]:
+        save(folder / "best.pt", {name: value for name, value in checkpoint.items() if name != "continuation"})
+    with whole_file(folder / "hyperparameters.json", "w", encoding="utf-8") as file:
+        json.dump(checkpoint["hyperparameters"], file, indent=1)
+    with whole_file(folder / "history.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, history[0])
+        table.writeheader()
+        table.writerows(history)
+    if is_last or not curves.exists() or time.time() - curves.stat().st_mtime > SECONDS_BETWEEN_PICTURES:
+        training_curves(curves, history, synthetic=checkpoint["synthetic"])
+
+
+def remove_older_outputs(folder):
+    """Delete what the scripts wrote into `folder` before its last.pt: it describes the experiment that was there."""
+    began = (folder / "last.pt").stat().st_mtime_ns
+    for pattern in OUTPUTS:
+        for path in folder.glob(pattern):
+            if path.stat().st_mtime_ns < began:
+                path.unlink()

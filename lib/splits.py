@@ -1,0 +1,96 @@
+"""Which clips train, validate and test, and the batches of an epoch."""
+
+import numpy as np
+
+from lib.common import InputError
+from lib.parallel import print_once
+from lib.scores import PAPER_SIZES
+from tags import clip_info_of
+
+
+def divide_clips(settings, dump, rng):
+    """Return {"train": rows, "validation": rows, "test": rows} of the dump by `settings.split`.
+
+    `rng`, a numpy.random.RandomState, draws what is random. Raises InputError for a split that leaves a part empty.
+    """
+    if settings.split == "folder":
+        if dump.mp3_paths is None:
+            raise InputError(f"{dump.data}: --split folder needs the clips' paths, which only our own dumps have")
+        parts = split_by_folder(dump.mp3_paths, rng)
+    else:
+        sizes = split_sizes(len(dump), settings.train_size, settings.validation_size)
+        if settings.split == "random":
+            parts = split_clips(len(dump), *sizes, rng)
+        else:
+            artists = [clip.artist for clip in clip_info_of(settings.data, dump.ids)]
+            parts = split_by_artist(np.array(artists), *sizes, rng)
+    parts = dict(zip(("train", "validation", "test"), parts))
+    for name, rows in parts.items():
+        if not len(rows):
+            raise InputError(f"--split {settings.split}: leaves no clips for {name}")
+    return parts
+
+
+def split_sizes(n_clips, train_size, validation_size):
+    """Return (train, validation) sizes: those given; the paper's, on a smaller data set, in the same proportions.
+
+    Raises InputError if they leave no clip for the test.
+    """
+    papers = (train_size, validation_size) == (PAPER_SIZES["train"], PAPER_SIZES["validation"])
+    n_papers = sum(PAPER_SIZES.values())
+    if papers and 3 <= n_clips < n_papers:
+        print_once(f"note: {n_clips:,} clips are fewer than the paper's {n_papers:,}; divided in the same proportions")
+        validation_size = max(1, round(n_clips * validation_size / n_papers))
+        train_size = min(round(n_clips * train_size / n_papers), n_clips - validation_size - 1)
+    elif n_clips <= train_size + validation_size:
+        wanted = f"--train-size {train_size:,} and --validation-size {validation_size:,}"
+        raise InputError(f"{wanted}: leave none of {n_clips:,} clips for the test; choose smaller ones")
+    return train_size, validation_size
+
+
+def split_clips(n_clips, train_size, validation_size, rng):
+    """Return (train, validation, test) rows, as the original draws them from `rng`, a numpy.random.RandomState."""
+    rows = np.arange(n_clips)
+    rng.shuffle(rows)
+    test_end = n_clips - train_size
+    return rows[test_end:], rows[:validation_size], rows[validation_size:test_end]
+
+
+def split_by_folder(mp3_paths, rng):
+    """Return (train, validation, test) rows: folders 0-b, c and d-f, as most other papers divide MagnaTagATune."""
+    first = np.array([path.split("/")[0] for path in mp3_paths])
+    unexpected = sorted(set(first) - set("0123456789abcdef"))
+    if unexpected:
+        raise InputError(f"--split folder: needs MagnaTagATune's folders 0 to f, but there is {unexpected[0]!r}")
+    train = np.flatnonzero(first < "c")
+    rng.shuffle(train)
+    return train, np.flatnonzero(first == "c"), np.flatnonzero(first > "c")
+
+
+def split_by_artist(artists, train_size, validation_size, rng):
+    """Return (train, validation, test) rows such that no artist is in two of them.
+
+    Artists are taken in an order drawn from `rng`; each goes to validation if it still fits there, else to the
+    test if it fits there, else to training.
+    """
+    names, artist_of_clip, n_clips_of = np.unique(artists, return_inverse=True, return_counts=True)
+    room = {"validation": validation_size, "test": len(artists) - train_size - validation_size}
+    part_of = np.empty(len(names), object)
+    for artist in rng.permutation(len(names)):
+        part_of[artist] = next((part for part, free in room.items() if n_clips_of[artist] <= free), "train")
+        if part_of[artist] in room:
+            room[part_of[artist]] -= n_clips_of[artist]
+    train, validation, test = (
+        np.flatnonzero(part_of[artist_of_clip] == part) for part in ("train", "validation", "test")
+    )
+    rng.shuffle(train)
+    return train, validation, test
+
+
+def epoch_batches(train, batch_size, super_batch_size):
+    """Return the rows of each step of an epoch: `train` in its order, in batches that no super-batch's end cuts."""
+    batches = []
+    for first in range(0, len(train), super_batch_size):
+        super_batch = train[first : first + super_batch_size]
+        batches += [super_batch[start : start + batch_size] for start in range(0, len(super_batch), batch_size)]
+    return batches

@@ -1,0 +1,102 @@
+"""What all scripts promise: no setting ends in a traceback, one line for what goes wrong, logs that can be read."""
+
+import dataclasses
+import errno
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from lib import common
+
+SCRIPTS = ("get_data", "gen_spectrograms", "tags", "model", "trainer", "evaluate")
+# A value that is allowed lets the script go on to what it lacks: hosts that answer, a dump, a checkpoint
+NOTHING_THERE = {"get_data": ["--hosts", "http://127.0.0.1:9/", "--attempts", 1, "--md5sums", "none"]}
+
+
+def settings():
+    for script in SCRIPTS:
+        for field in dataclasses.fields(importlib.import_module(script).Settings):
+            if field.name == "tag":
+                continue  # takes file descriptor 2 for itself, and has tests of its own
+            yield pytest.param(script, f"--{field.name.replace('_', '-')}", id=f"{script} {field.name}")
+
+
+@pytest.mark.parametrize("script, option", settings())
+def test_a_value_that_makes_no_sense_is_one_line(script, option, call_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in ("0", "-1", "1" + 30 * "0", "nan", "inf"):
+        others = [] if script == "model" else ["--data", "nowhere", *NOTHING_THERE.get(script, [])]
+        done = call_script(f"{script}.py", *others, option, value, status=(1, 2))
+        assert "Traceback" not in done.stderr
+        if done.returncode == 1:  # 2 is for a value of the wrong type, which tyro names in several lines
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_each_switch_does(script, run_script):
+    help_text = " ".join(run_script(f"{script}.py", "--help").stdout.split())
+    for field in dataclasses.fields(importlib.import_module(script).Settings):
+        name = field.name.replace("_", "-")
+        assert f"--{name}, --no-{name}" in help_text if isinstance(field.default, bool) else f"--{name} " in help_text
+
+
+def test_closed_outputs_are_no_traceback(tmp_path):
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{sys.executable} {ROOT}/tags.py --data {tmp_path} {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, closed
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback():
+    for seconds in (0.3, 0.6, 0.9):
+        command = [sys.executable, str(ROOT / "trainer.py"), "--data", "nowhere"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(seconds)
+            process.send_signal(signal.SIGINT)
+            assert "Traceback" not in process.communicate(timeout=60)[1]
+            assert process.returncode in (-signal.SIGINT, 130)
+
+
+def test_a_full_disk_names_the_file_and_what_goes_on(tmp_path, monkeypatch, capsys):
+    def main():
+        with common.whole_file(tmp_path / "results.json") as file:
+            file.write(b"{}")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        common.run(main, "the same command with --resume goes on")
+    expected = (
+        f"error: {tmp_path}/results.json: No space left on device; make room, then the same command with --resume"
+    )
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_in_a_log_file_is_a_plain_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(common, "SECONDS_BETWEEN_LINES", 0.05)
+    for _ in common.progress(range(20), "reading", unit="clip"):
+        time.sleep(0.01)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 6
+    assert all(line.startswith("reading: ") and " of 20, " in line and " left" in line for line in lines)
+    for _ in common.progress(range(20), "reading"):
+        pass
+    assert capsys.readouterr().err == "", "what is done at once needs no line"
+
+
+def test_a_lock_is_for_one_process(tmp_path):
+    code = f"from lib.common import lock\nwith lock({str(tmp_path / 'lock')!r}, 'busy'): print('held')"
+    command = [sys.executable, "-c", code]
+    with common.lock(tmp_path / "lock", "busy"):
+        assert "InputError: busy" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "held\n"

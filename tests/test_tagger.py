@@ -1,0 +1,194 @@
+"""Tagging music of any length: one clip, long files, arrays, odd files, folders, and the pictures of them."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from evaluate import Tagger
+from lib.audio import CLIP_SAMPLES, FRONT_END, log_mel_spectrogram
+from lib.common import InputError
+from lib.tagger import audio_files, windows
+from test_evaluate import make_checkpoint
+
+
+def music(seconds, sample_rate=11025, channels=1):
+    time = np.arange(int(sample_rate * seconds)) / sample_rate
+    wave = np.sin(2 * np.pi * (220 + 5 * time) * time) * (0.3 + 0.2 * np.sin(time / 3))
+    return np.stack([wave] * channels, axis=1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory):
+    return Tagger(make_checkpoint(tmp_path_factory.mktemp("tagger") / "best.pt"), device="cpu")
+
+
+def by_hand(tagger, spectrogram):
+    with torch.no_grad():
+        logits = tagger.net(torch.from_numpy((spectrogram + 5) / 3)[None, None])
+    return torch.sigmoid(logits.double()).numpy()[0]
+
+
+def test_a_clip_is_tagged_as_it_is_evaluated(tagger, tmp_path):
+    soundfile.write(tmp_path / "clip.flac", music(29.124), 11025)
+    expected = by_hand(tagger, log_mel_spectrogram(tmp_path / "clip.flac"))
+    found = tagger(str(tmp_path / "clip.flac"))
+    assert sorted(found.values(), reverse=True) == list(found.values())
+    assert np.allclose([found[name] for name in tagger.tag_names], expected, atol=1e-12)
+
+
+def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
+    samples = music(60)[:, 0]
+    # The 31 s beyond the first window take three steps of 14.6 s at most
+    starts = np.linspace(0, len(samples) - CLIP_SAMPLES, 4).astype(int)
+    clips = windows(samples)
+    assert len(clips) == 4
+    expected = []
+    for start, clip in zip(starts, clips):
+        assert np.array_equal(clip[:CLIP_SAMPLES], samples[start : start + CLIP_SAMPLES])
+        soundfile.write(tmp_path / "window.wav", clip, 11025, "FLOAT")
+        expected.append(by_hand(tagger, log_mel_spectrogram(tmp_path / "window.wav")))
+    batches = []
+    counter = tagger.net.register_forward_hook(lambda net, inputs, logits: batches.append(len(logits)))
+    found = tagger(samples, 11025)
+    counter.remove()
+    assert np.allclose([found[name] for name in tagger.tag_names], np.mean(expected, axis=0), atol=1e-6)
+    assert batches == [4], "all windows go through the network together"
+
+
+def test_arrays_of_any_layout_are_tagged_as_their_file(tagger, tmp_path):
+    path = tmp_path / "stereo.wav"
+    soundfile.write(path, music(2, channels=2) * [1, 0.5], 11025, "PCM_16")
+    samples, _ = soundfile.read(path, dtype="int16")
+    full_scale = samples / 2**15
+    expected = tagger(path)
+    for array in (
+        samples,
+        samples.astype(np.int32) << 16,
+        samples.astype(">i2"),
+        full_scale,
+        full_scale.astype(np.float32).T,
+        torch.from_numpy(full_scale),
+        full_scale.mean(axis=1).tolist(),
+    ):
+        assert tagger(array, 11025) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [
+        [],
+        np.zeros((0, 2)),
+        np.full(9000, np.nan),
+        [*np.zeros(9000), np.inf],
+        np.full(9000, 1e300),
+        np.float32(0.5),
+        np.zeros((1, 100, 2)),
+        np.zeros((128, 628)),
+        np.zeros((3, 2)),
+        np.zeros(9000, bool),
+        np.zeros(9000, complex),
+        np.zeros(9000, object),
+        np.zeros(9000, np.uint8),
+        np.zeros(9000, int),
+        ["song.mp3"],
+        [[0.5], [0.5, 0.5]],
+        None,
+    ],
+    ids=str,
+)
+def test_an_array_that_is_no_recording_is_refused(audio, tagger):
+    with pytest.raises(InputError):
+        tagger(audio, 11025)
+
+
+@pytest.mark.parametrize("sample_rate", [None, float("nan"), float("inf"), 0, -44100, "44100", True, 1j])
+def test_a_sample_rate_that_is_none_is_refused(sample_rate, tagger):
+    with pytest.raises(InputError, match="sample rate"):
+        tagger(np.zeros(9000), sample_rate)
+
+
+@pytest.mark.parametrize("front_end", [{}, FRONT_END, {**FRONT_END, "hop_length": 256}])
+def test_a_checkpoint_of_another_front_end_is_refused(front_end, tmp_path):
+    path = make_checkpoint(tmp_path / "best.pt", front_end=front_end)
+    if front_end in ({}, FRONT_END):
+        Tagger(path, device="cpu")
+    else:
+        with pytest.raises(InputError, match="front end"):
+            Tagger(path, device="cpu")
+
+
+def test_no_device_is_asked_for_float64(tagger, monkeypatch):
+    class OnApplesGpu(torch.Tensor):
+        def double(self):
+            raise TypeError("MPS has no float64")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    net = tagger.net
+    monkeypatch.setattr(tagger, "net", lambda clips: net(clips).as_subclass(OnApplesGpu))
+    assert len(tagger(music(1)[:, 0], 11025)) == 3
+
+
+def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_script):
+    checkpoint = make_checkpoint(tmp_path / "best.pt")
+    folder = tmp_path / "folder"
+    for inner in ("CD1", "CD2", "empty"):
+        (folder / inner).mkdir(parents=True)
+    soundfile.write(tmp_path / "long é.flac", music(32, 44100, 2), 44100)
+    soundfile.write(tmp_path / "one sample.wav", music(1)[:1], 11025)
+    soundfile.write(folder / "CD1/01.ogg", music(3, 48000), 48000)
+    soundfile.write(folder / "CD2/01.ogg", music(551 / 11025), 11025)
+    soundfile.write(folder / "low.wav", music(3, 8000), 8000)
+    os.rename(folder / "low.wav", folder / "low \udce9.wav")  # a name that is not UTF-8
+    soundfile.write(folder / f"{'n' * 240}.wav", music(800 / 11025), 11025)
+    (folder / "notes.txt").write_text("not music")
+    good = [tmp_path / "long é.flac", tmp_path / "one sample.wav"]
+    in_folder = ["CD1/01.ogg", "CD2/01.ogg", "low \udce9.wav", f"{'n' * 240}.wav"]
+
+    soundfile.write(tmp_path / "damaged.mp3", music(20), 11025)
+    damaged = bytearray((tmp_path / "damaged.mp3").read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 8000] = bytes(8000)  # on which libmpg123 comments
+    bad = {"damaged.mp3": damaged, "broken.mp3": b"not music", "headerless.raw": bytes(100), "missing.wav": None}
+    for name, content in bad.items():
+        if content:
+            (tmp_path / name).write_bytes(content)
+    bad = [tmp_path / name for name in bad] + [folder / "empty"]
+
+    arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--taggram"]
+    done = run_script("evaluate.py", *arguments, "--json", "--top", 3, "--tag", *bad, *good, folder, status=1)
+    found = json.loads(done.stdout)
+    assert list(found) == [*map(str, good), *(str(folder / name) for name in in_folder)]
+    for path, tags in found.items():
+        assert tags == dict(list(tagger(path).items())[:3]), "alone it is tagged the same"
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
+    assert all(line.startswith("error: ") for line in errors), "and no decoder's comments"
+    assert all(any(f"error: {path}: " in line for line in errors) for path in bad) and len(errors) == len(bad) + 1
+    assert "n.wav: " in errors[-1] and errors[-1].endswith("File name too long")
+    pictures = ["long é.flac", "one sample.wav", "01.ogg", "CD2_01.ogg", "low \udce9.wav"]
+    for picture in pictures:
+        assert (tmp_path / f"taggram_{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+    done = run_script("evaluate.py", *arguments, "--top", 2, "--tag", folder / "CD1/01.ogg", folder / in_folder[2])
+    assert "SYNTHETIC" in done.stdout and "01.ogg: " in done.stdout and r"low \udce9.wav: " in done.stdout
+
+
+def test_folders_that_can_t_be_read_or_hold_no_audio_are_reported(tmp_path, monkeypatch):
+    for name in ("private", "open", "empty/inner"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "open/song.mp3").touch()
+    list_folder = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    files, problems = audio_files([tmp_path, tmp_path / "empty", tmp_path / "song.xyz"])
+    assert files == [tmp_path / "open/song.mp3", tmp_path / "song.xyz"]
+    assert problems == [f"{tmp_path / 'private'}: Permission denied", f"{tmp_path / 'empty'}: holds no audio file"]
