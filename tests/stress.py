@@ -121,7 +121,8 @@ class Good:
                 file.writestr(name, content, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[n % 2])
         content, cuts = archive.getvalue(), (0, 2_000_001, -30_000, None)  # half of the last part is the directory
         self.downloads = {part: content[cuts[n] : cuts[n + 1]] for n, part in enumerate(get_data.PARTS)}
-        self.downloads |= {name: (self.music / ours).read_bytes() for name, ours in get_data.STORED_AS.items()}
+        self.downloads["annotations_final.csv"] = (self.music / "tags.csv").read_bytes()
+        self.downloads["clip_info_final.csv"] = (self.music / "clip_info_final.csv").read_bytes()
         server = Server(self.downloads).__enter__()
         server.tricks.update((name, [stop_after(100_000)] * 100_000) for name in self.downloads)
         COMMANDS["get_data"] += f" {server.url}"
@@ -139,7 +140,6 @@ class Good:
 
 
 def write_md5sums(path, files):
-    files = files | {get_data.ARCHIVE: b"".join(files[part] for part in get_data.PARTS)}
     path.write_text("".join(f"{hashlib.md5(content).hexdigest()}  {name}\n" for name, content in files.items()))
 
 
@@ -190,7 +190,9 @@ def kill_script(script, good, folder, settings):
     while tally["kills"] < settings.kills:
         case = folder.with_name(f"{script}-{tally['kills']}")
         shutil.copytree(good.inputs, case, symlinks=True)
-        second = [start(case, COMMANDS[script], stdout=os.devnull)] if rng.random() < 0.3 else []
+        second = (
+            [start(case, COMMANDS[script], stdout=os.devnull)] if script != "get_data" and rng.random() < 0.3 else []
+        )
         processes = [*second, start(case, COMMANDS[script])]
         while tally["kills"] < settings.kills and kill_within(seconds, processes[-1], rng):
             tally["kills"] += 1
@@ -336,7 +338,9 @@ def archives(good, case, rng):
     if adapted := rng.random() < 0.67:
         write_md5sums(case / "md5sums.txt", good.downloads | parts)
     try:
-        get_data.obtain_parts(get_data.Settings(data), get_data.read_md5sums(case / "md5sums.txt"))
+        md5sums = get_data.read_md5sums(case / "md5sums.txt")
+        for part in get_data.PARTS:
+            get_data.obtain(get_data.Settings(data), part, md5sums[part])
         get_data.unpack(data)
     except InputError:
         if files_in(data).items() <= (parts | good.members).items():  # no clip or whole ones

@@ -27,7 +27,7 @@ def settings():
             yield pytest.param(script, f"--{field.name.replace('_', '-')}", id=f"{script} {field.name}")
 
 
-@pytest.mark.parametrize("script, option", settings())
+@pytest.mark.parametrize("script, option", list(settings()))
 def test_a_value_that_makes_no_sense_is_one_line(script, option, call_script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in ("0", "-1", "1" + 30 * "0", "nan", "inf"):

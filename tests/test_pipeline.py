@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from demo import render
+from lib.demo import render
 from http_server import Server
 
 N_CLIPS = 12
