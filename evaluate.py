@@ -22,7 +22,7 @@ from lib.checkpoint import load_checkpoint
 from lib.common import ROOT, InputError, Range, reason, run, settings_from_command_line, whole_file
 from lib.dump import Dump
 from lib.feeder import Feeder, _ahead, predict
-from lib.parallel import autocast, choose_device
+from lib.parallel import autocast, choose_device, keep_freed_memory
 from lib.scores import format_score
 from lib.tagger import Tagger, audio_files, network_in_precision, silence_decoders, taggram, windows
 from tags import clip_info_of, select_tags
@@ -57,6 +57,7 @@ ENOUGH_CLIPS = 30  # to score those that share no track with training
 def main():
     settings = settings_from_command_line(Settings, __doc__)
     path = settings.checkpoint or settings.experiments / settings.name / "best.pt"
+    keep_freed_memory()
     if settings.tag is not None:
         return tag_files(settings, path)
     device = choose_device(settings.device)
