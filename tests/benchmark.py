@@ -34,7 +34,7 @@ from tags import annotations_path, read_annotations
 
 # torch and librosa are imported where they are used: no timed process is to start with what it does not need.
 
-Row = Literal["spectrograms", "step", "evaluation", "song"]
+Row = Literal["spectrograms", "step", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Settings:
 
 SHARED = ROOT.parent / "shared"  # real clips, where they are beside the checkout
 BATCH, EVALUATED = 32, 128  # clips of a step and of one round of evaluation
-SONG_SECONDS = 240
 
 
 def main():
@@ -64,7 +63,7 @@ def main():
             return profile_step(scratch)
         if settings.gpu:
             return print_table(gpu_rows(settings, scratch))
-        measures = dict(zip(get_args(Row), (spectrogram_rows, step_rows, evaluation_rows, song_rows)))
+        measures = dict(zip(get_args(Row), (spectrogram_rows, step_rows, evaluation_rows)))
         rows = [row for name in settings.only for row in measures[name](settings, scratch)]
         print_table(rows + (full_size_rows(settings, scratch) if settings.full_size else []))
 
