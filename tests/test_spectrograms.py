@@ -261,7 +261,8 @@ def test_two_runs_at_once_complete_one_dump(clips):
 def test_a_run_that_finds_another_at_work_says_so(clips):
     first = start(clips, "--n-chunks", "1")
     os.kill(await_worker(first, (clips / "spectrograms_0.journal").exists), signal.SIGSTOP)
-    for second in [start(clips, "--n-chunks", "1", *arguments) for arguments in ([], ["--overwrite"])]:
+    for arguments in ([], ["--overwrite"]):
+        second = start(clips, "--n-chunks", "1", *arguments)
         error = second.communicate(timeout=60)[1].decode()
         assert second.returncode == 1 and "spectrograms_0.npy: another process is making it" in error
         assert error.count("\n") == 1
