@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 
 from lib import scores
 from lib.audio import HOP_LENGTH, log_mel
 from lib.checkpoint import load_checkpoint
 from lib.common import ROOT, InputError, Range, reason, run, settings_from_command_line, whole_file
 from lib.dump import Dump
-from lib.feeder import Feeder, _ahead, predict
-from lib.parallel import autocast, choose_device, keep_freed_memory
+from lib.feeder import Feeder, load_ahead, predict
+from lib.parallel import autocast, choose_device
 from lib.scores import format_score
 from lib.tagger import Tagger, audio_files, network_in_precision, silence_decoders, taggram, windows
 from tags import clip_info_of, select_tags
@@ -57,7 +58,6 @@ ENOUGH_CLIPS = 30  # to score those that share no track with training
 def main():
     settings = settings_from_command_line(Settings, __doc__)
     path = settings.checkpoint or settings.experiments / settings.name / "best.pt"
-    keep_freed_memory()
     if settings.tag is not None:
         return tag_files(settings, path)
     device = choose_device(settings.device)
@@ -123,8 +123,8 @@ def clips_of(checkpoint, dump, other_data):
 def predict_parts(checkpoint, dump, labels, rows_of, device, settings):
     """Return the probabilities of the validation and the test clips, by part."""
     normalization = (checkpoint["normalization"]["mean"].numpy(), checkpoint["normalization"]["std"].numpy())
-    net, precision, dtype = network_in_precision(checkpoint, device, settings.precision)
-    feeder = Feeder(dump, labels, normalization, device, dtype, resident="no")
+    net, precision = network_in_precision(checkpoint, device, settings.precision)
+    feeder = Feeder(dump, labels, normalization, device, getattr(torch, precision), resident="no")
     with autocast(device, precision):
         return {part: predict(net, feeder, rows_of[part], settings.batch_size) for part in ("validation", "test")}
 
@@ -286,7 +286,7 @@ def tag_files(settings, checkpoint_path):
 
     found, pictures, n_errors = {}, {}, len(problems)
     try:
-        for path, prepared in zip(files, _ahead(prepare, files, 1)):
+        for path, prepared in zip(files, load_ahead(prepare, files, 1)):
             try:
                 if isinstance(prepared, Exception):
                     raise prepared

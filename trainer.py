@@ -21,8 +21,8 @@ from lib.dump import Dump, band_normalization
 from lib.experiment import claimed_folder, hyperparameters, require_same_clips, write_outputs
 from lib.feeder import Feeder, predict
 from lib.graph import GraphedStep
-from lib.parallel import autocast, choose_device, is_main_process, joined_processes, keep_freed_memory, n_processes
-from lib.parallel import set_precision, share_of_this_process, sum_gradients
+from lib.parallel import autocast, choose_device, is_main_process, joined_processes, n_processes, prepare_device
+from lib.parallel import share_of_this_process, sum_gradients
 from lib.report import Losses, note_bad_clips, note_one_class_tags, print_epoch, print_scores, print_summary
 from lib.scores import macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - split_clips: for other programs
@@ -70,9 +70,7 @@ CLIPS_AHEAD = 3000  # are read before they are needed, where they do not live on
 def main():
     settings = settings_from_command_line(Settings, __doc__)
     device = choose_device(settings.device)
-    dtype = set_precision(device, settings.precision, settings.tf32)
-    if device.type == "cpu":
-        keep_freed_memory()
+    dtype = prepare_device(device, settings.precision, settings.tf32)
     with joined_processes(device), claimed_folder(settings) as (folder, saved):
         train(settings, device, dtype, folder, saved)
 
@@ -95,20 +93,19 @@ def train(settings, device, dtype, folder, saved):
     experiment = describe(settings, dump, tag_names, parts)
     history = []
     started = load_checkpoint(settings.start_from) if settings.start_from else None
-    if started:
-        take_weights(started, net, tag_names, dump.front_end)
     if saved:
         require_same_clips(saved, experiment, settings.data)
         restore(saved, net, optimizer, parts["train"], rng, device)
         history = saved["history"]
+    elif started:
+        take_weights(started, net, tag_names, dump.front_end)
     first_epoch = len(history) or 1
     note_one_class_tags(labels[parts["validation"]], tag_names)
 
     mean, std = normalization(settings, dump, parts["train"], started)
     experiment["normalization"] = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
-    feed_dtype = torch.bfloat16 if settings.precision == "bfloat16" else dtype
     n_ahead = CLIPS_AHEAD // settings.batch_size
-    feeder = Feeder(dump, labels, (mean, std), device, feed_dtype, n_ahead, settings.resident)
+    feeder = Feeder(dump, labels, (mean, std), device, getattr(torch, settings.precision), n_ahead, settings.resident)
     n_steps = len(epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size))
     print_summary(settings, experiment, net, device, n_steps, first_epoch)
 

@@ -38,10 +38,10 @@ class Chunk:
         self.partial = data / f"spectrograms_{index}.npy.partial"
         self.journal = data / f"spectrograms_{index}.journal"
 
-    def lock(self, patience=LOCK_SECONDS):
+    def lock(self):
         """Return a context in which no other process writes or deletes the chunk."""
         busy = f"{self.file}: another process is making it; once that one has ended, the same command goes on"
-        return lock(self.file.with_name(f".{self.file.stem}.lock"), busy, patience)
+        return lock(self.file.with_name(f".{self.file.stem}.lock"), busy, LOCK_SECONDS)
 
     def header(self):
         """Return the finished file's first bytes."""

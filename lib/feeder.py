@@ -33,7 +33,7 @@ class Feeder:
             for rows in rows_of_each:
                 yield self.resident[rows], self.labels[rows]
         else:
-            for batch, rows in zip(_ahead(self._gather, parts, self.n_ahead), rows_of_each):
+            for batch, rows in zip(load_ahead(self._gather, parts, self.n_ahead), rows_of_each):
                 yield batch.to(self.device, self.dtype, non_blocking=True), self.labels[rows]
 
     def _gather(self, rows):
@@ -51,12 +51,12 @@ class Feeder:
         resident = torch.empty((len(self.dump), 1, N_MELS, N_FRAMES), device=self.device, dtype=self.dtype)
         parts = np.array_split(np.arange(len(self.dump)), -(-len(self.dump) // 256))
         bar = progress(parts, f"to {self.device}", delay=1, leave=False)
-        for rows, batch in zip(bar, _ahead(self._gather, parts, 4)):
+        for rows, batch in zip(bar, load_ahead(self._gather, parts, 4)):
             resident[rows[0] : rows[-1] + 1] = batch.to(self.device, non_blocking=True)
         return resident
 
 
-def _ahead(load, parts, n_ahead):
+def load_ahead(load, parts, n_ahead):
     """Yield load(part) for each part; a thread is up to `n_ahead` parts ahead of the caller."""
     pool = ThreadPoolExecutor(1)
     try:
@@ -81,7 +81,12 @@ def predict(net, feeder, rows, batch_size):
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     bar = progress(parts, "predicting", unit="batch", delay=1, leave=False)
     logits = torch.cat([net(spectrograms) for _, (spectrograms, _) in zip(bar, feeder.batches(parts))])
+    return to_probabilities(logits, f"{feeder.dump.data}: predictions are not finite; a lower --learning-rate may help")
+
+
+def to_probabilities(logits, complaint):
+    """Return the sigmoid of `logits` as a NumPy array of float64. Raises InputError(complaint) if one is not finite."""
     probabilities = torch.sigmoid(logits.cpu().double())  # on the CPU: Apple's GPUs have no float64
     if not probabilities.isfinite().all():
-        raise InputError(f"{feeder.dump.data}: predictions are not finite; a lower --learning-rate may help")
+        raise InputError(complaint)
     return probabilities.numpy()

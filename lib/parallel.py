@@ -44,13 +44,15 @@ def keep_freed_memory():
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back
 
 
-def set_precision(device, precision, tf32):
+def prepare_device(device, precision, tf32):
     """Prepare `device` to compute in `precision`, with TF32 matrix products if `tf32`; return the weights' dtype.
 
     Raises InputError for a precision that the device does not have.
     """
     if device.type == "mps" and precision == "float64":
         raise InputError(f"--precision float64: {device} has no float64; --device cpu has")
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
     return torch.float64 if precision == "float64" else torch.float32
 

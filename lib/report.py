@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from lib.common import InputError, progress
-from lib.parallel import is_main_process, n_processes, note_speed_of_bfloat16, print_once
+from lib.parallel import is_main_process, n_processes, note_speed_of_bfloat16, print_once, sum_over_processes
 from lib.scores import compare_with_paper, format_score
 
 STEPS_PER_READING = 100  # of the loss, on a GPU, which has to wait for each
@@ -65,9 +64,7 @@ class Losses:
             self._read()
 
     def _read(self):
-        new = self.values[len(self.read) : self.n_steps]
-        if n_processes() > 1:
-            dist.all_reduce(new)
+        new = sum_over_processes(self.values[len(self.read) : self.n_steps])
         self.read += new.tolist()
         for step, loss in enumerate(self.read[-len(new) :], start=self.n_steps - len(new) + 1):
             if not np.isfinite(loss):

@@ -11,7 +11,8 @@ import torch
 from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, SAMPLE_RATE, load, log_mel, resample
 from lib.checkpoint import load_checkpoint, network_of
 from lib.common import InputError, reason
-from lib.parallel import autocast, choose_device, set_precision
+from lib.feeder import to_probabilities
+from lib.parallel import autocast, choose_device, prepare_device
 
 CLIPS_AT_ONCE = 32  # through the network
 FULL_SCALE = {"int16": 2**15, "int32": 2**31}  # of the integers in which audio is stored
@@ -37,7 +38,7 @@ class Tagger:
         self.tag_names = checkpoint["tag_names"]
         self.synthetic = checkpoint["synthetic"]
         self.device = choose_device(device)
-        self.net, self.precision, self.dtype = network_in_precision(checkpoint, self.device, precision)
+        self.net, self.precision = network_in_precision(checkpoint, self.device, precision)
         self.mean, self.std = (checkpoint["normalization"][name].numpy()[:, None] for name in ("mean", "std"))
 
     def __call__(self, audio, sample_rate=None):
@@ -60,11 +61,9 @@ class Tagger:
     def probabilities(self, spectrograms):
         """Return the probabilities for (clips, 1, 128, 628) normalised spectrograms: (clips, tags) float64."""
         with autocast(self.device, self.precision):
-            logits = [self.net(clips.to(self.device, self.dtype)).cpu() for clips in spectrograms.split(CLIPS_AT_ONCE)]
-        probabilities = torch.sigmoid(torch.cat(logits).double())  # on the CPU: Apple's GPUs have no float64
-        if not probabilities.isfinite().all():
-            raise InputError("the network's answers are not finite; train again")
-        return probabilities.numpy()
+            clips = spectrograms.to(getattr(torch, self.precision)).split(CLIPS_AT_ONCE)
+            logits = [self.net(some_clips.to(self.device)).cpu() for some_clips in clips]
+        return to_probabilities(torch.cat(logits), "the network's answers are not finite; train again")
 
     def tags(self, spectrograms):
         """Return {tag: probability}, the most likely first: the mean over the spectrograms of a recording."""
@@ -73,16 +72,15 @@ class Tagger:
 
 
 def network_in_precision(checkpoint, device, precision):
-    """Return (network, precision, dtype of its input) for the checkpoint on `device`.
+    """Return (network, precision) for the checkpoint on `device`. The network's input has the precision's dtype.
 
     A `precision` of "checkpoint" is the one that it was trained in.
     """
     trained = checkpoint["hyperparameters"]
     if precision == "checkpoint":
         precision = trained.get("precision", "float32")
-    dtype = set_precision(device, precision, trained.get("tf32", True))
-    net = network_of(checkpoint, device).to(dtype)
-    return net, precision, torch.bfloat16 if precision == "bfloat16" else dtype
+    dtype = prepare_device(device, precision, trained.get("tf32", True))
+    return network_of(checkpoint, device).to(dtype), precision
 
 
 def mono(audio):

@@ -237,8 +237,7 @@ def trainers_evaluation(data, precision):
     keep_freed_memory()
     device, dump, normalization = torch.device("cpu"), Dump(data), (np.full(N_MELS, -7.0), np.full(N_MELS, 3.0))
     net = MultiScaleCNN(50).to(memory_format=torch.channels_last)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    feeder = Feeder(dump, dump.labels, normalization, device, dtype)
+    feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision))
 
     def evaluation():
         with autocast(device, precision):
