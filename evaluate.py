@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lib import scores
-from lib.audio import HOP_LENGTH, log_mel
+from lib.audio import HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
 from lib.checkpoint import load_checkpoint
 from lib.common import ROOT, InputError, Range, reason, run, settings_from_command_line, whole_file
 from lib.dump import Dump
@@ -53,6 +53,8 @@ class Settings:
 
 
 ENOUGH_CLIPS = 30  # to score those that share no track with training
+THREADS = os.cpu_count() or 1  # decode as many files ahead of the network
+INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header promises, as some mp3 files are
 
 
 def main():
@@ -277,7 +279,7 @@ def tag_files(settings, checkpoint_path):
         print(f"error: {problem}", file=sys.stderr)
 
     def prepare(path):
-        """Return a file's (samples, spectrograms), or the error; runs in a thread, one file ahead of the network."""
+        """Return a file's (samples, spectrograms), or the error; runs in a thread, ahead of the network."""
         try:
             samples = tagger.samples(path)
             return samples, tagger.spectrograms(windows(samples))
@@ -286,11 +288,12 @@ def tag_files(settings, checkpoint_path):
 
     found, pictures, n_errors = {}, {}, len(problems)
     try:
-        for path, prepared in zip(files, load_ahead(prepare, files, 1)):
+        for path, prepared in zip(files, load_ahead(prepare, files, THREADS, THREADS)):
             try:
                 if isinstance(prepared, Exception):
                     raise prepared
                 samples, spectrograms = prepared
+                note_missing_end(path, samples)
                 found[str(path)] = tags = dict(list(tagger.tags(spectrograms).items())[: settings.top])
                 if not settings.json:
                     print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
@@ -305,6 +308,13 @@ def tag_files(settings, checkpoint_path):
         if settings.json:
             print(json.dumps(found, indent=1, allow_nan=False))
     return 1 if n_errors else 0
+
+
+def note_missing_end(path, samples):
+    """Say so if an audio file is shorter than its header promises."""
+    promised, read = promised_seconds(path), len(samples) / SAMPLE_RATE
+    if read < promised - INEXACT_SECONDS:
+        print(f"note: {path}: only the first {read:.1f} s of {promised:.1f} s could be read", file=sys.stderr)
 
 
 def draw_taggram(tagger, samples, n_tags, path, folder, pictures):

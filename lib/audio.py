@@ -65,7 +65,9 @@ def decode(path, seconds=None):
             while n_left > 0:  # in blocks, because a damaged header may promise any number of samples
                 n_wanted = min(n_left, 1 << 19)
                 block = file.read(n_wanted, dtype="float32", always_2d=True)
-                blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+                n_channels = block.shape[1]
+                # The mean, in a fifth of the time of NumPy's
+                blocks.append(block[:, 0] if n_channels == 1 else sum(block.T) / n_channels)
                 n_left -= len(block)
                 # Asking once more would make libsndfile search an mp3's end: slow, and in a damaged file it then
                 # finds itself somewhere in the middle and repeats what was read
@@ -84,6 +86,13 @@ def decode(path, seconds=None):
     except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
         raise InputError(f"can't be decoded ({reason(error)})") from error
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), sample_rate
+
+
+def promised_seconds(path):
+    """Return how long an audio file is by its header: longer than what can be decoded, if the file was cut off."""
+    import soundfile
+
+    return soundfile.info(os.fsencode(path)).duration
 
 
 def resample(samples, sample_rate):

@@ -56,9 +56,9 @@ class Feeder:
         return resident
 
 
-def load_ahead(load, parts, n_ahead):
-    """Yield load(part) for each part; a thread is up to `n_ahead` parts ahead of the caller."""
-    pool = ThreadPoolExecutor(1)
+def load_ahead(load, parts, n_ahead, n_threads=1):
+    """Yield load(part) for each part, in order; `n_threads` threads are up to `n_ahead` parts ahead of the caller."""
+    pool = ThreadPoolExecutor(n_threads)
     try:
         loading = deque()
         for part in parts:

@@ -34,7 +34,7 @@ from tags import annotations_path, read_annotations
 
 # torch and librosa are imported where they are used: no timed process is to start with what it does not need.
 
-Row = Literal["spectrograms", "step", "evaluation"]
+Row = Literal["spectrograms", "step", "evaluation", "song"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def main():
             return profile_step(scratch)
         if settings.gpu:
             return print_table(gpu_rows(settings, scratch))
-        measures = dict(zip(get_args(Row), (spectrogram_rows, step_rows, evaluation_rows)))
+        measures = dict(zip(get_args(Row), (spectrogram_rows, step_rows, evaluation_rows, song_rows)))
         rows = [row for name in settings.only for row in measures[name](settings, scratch)]
         print_table(rows + (full_size_rows(settings, scratch) if settings.full_size else []))
 
@@ -299,6 +299,62 @@ def plain_network():
             return self.top(self.regularized(self.joined(torch.cat(branches, dim=1))))
 
     return PlainCNN()
+
+
+# A song
+
+
+def song_rows(settings, scratch):
+    import soundfile
+
+    song = scratch / "song.mp3"
+    folder, mp3_paths = find_clips(scratch)
+    samples = np.resize(soundfile.read(folder / mp3_paths[0])[0], 240 * 44100)
+    soundfile.write(song, np.stack([samples, samples[::-1]], axis=1), 44100)
+    options = ["--data", make_dump(scratch / "tiny", BATCH * 32), "--experiments", scratch, "--name", "song"]
+    subprocess.run([sys.executable, ROOT / "trainer.py", *options, "--epochs", "0"], check=True, capture_output=True)
+    rows = []
+    for what in ("decoding and spectrograms", "network, float32"):
+        figures = in_turn([(plain_song, song, what), (our_song, song, what)], settings.rounds)
+        rows.append(compare(f"A song of 4 minutes, 44.1 kHz stereo: {what}", "songs/s", 1 / figures, ""))
+    return rows
+
+
+def plain_song(song, what):
+    """Return a function that decodes a song with librosa, or sends its windows through the network one by one."""
+    import librosa
+    import torch
+
+    from lib.tagger import windows
+
+    def decode():
+        samples, sample_rate = librosa.load(song, sr=11025)
+        for window in windows(samples):
+            mel = librosa.feature.melspectrogram(y=window, sr=sample_rate, n_fft=2048, hop_length=512, n_mels=128)
+            np.log(np.clip(mel, 1e-20, None))
+
+    net, clips = plain_network().eval(), torch.randn(len(windows(np.empty(240 * 11025))), 1, N_MELS, N_FRAMES)
+
+    @torch.no_grad()
+    def network():
+        for clip in clips:
+            torch.sigmoid(net(clip[None])).numpy()
+
+    return network if what.startswith("network") else decode
+
+
+def our_song(song, what):
+    """Return a function that does the same as Tagger does it."""
+    from lib.tagger import Tagger, windows
+
+    tagger = Tagger(song.parent / "song/best.pt", "cpu")
+    spectrograms = tagger.spectrograms(windows(tagger.samples(song)))
+    if what.startswith("network"):
+        return lambda: tagger.tags(spectrograms)
+    return lambda: tagger.spectrograms(windows(tagger.samples(song)))
+
+
+# What takes the time
 
 
 def profile_step(scratch):

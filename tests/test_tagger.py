@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -141,13 +142,15 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
         (folder / inner).mkdir(parents=True)
     soundfile.write(tmp_path / "long é.flac", music(32, 44100, 2), 44100)
     soundfile.write(tmp_path / "one sample.wav", music(1)[:1], 11025)
+    soundfile.write(tmp_path / "cut.mp3", music(20, 22050), 22050)
+    os.truncate(tmp_path / "cut.mp3", (tmp_path / "cut.mp3").stat().st_size // 2)
     soundfile.write(folder / "CD1/01.ogg", music(3, 48000), 48000)
     soundfile.write(folder / "CD2/01.ogg", music(551 / 11025), 11025)
     soundfile.write(folder / "low.wav", music(3, 8000), 8000)
     os.rename(folder / "low.wav", folder / "low \udce9.wav")  # a name that is not UTF-8
     soundfile.write(folder / f"{'n' * 240}.wav", music(800 / 11025), 11025)
     (folder / "notes.txt").write_text("not music")
-    good = [tmp_path / "long é.flac", tmp_path / "one sample.wav"]
+    good = [tmp_path / "long é.flac", tmp_path / "one sample.wav", tmp_path / "cut.mp3"]
     in_folder = ["CD1/01.ogg", "CD2/01.ogg", "low \udce9.wav", f"{'n' * 240}.wav"]
 
     soundfile.write(tmp_path / "damaged.mp3", music(20), 11025)
@@ -165,7 +168,10 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     assert list(found) == [*map(str, good), *(str(folder / name) for name in in_folder)]
     for path, tags in found.items():
         assert tags == dict(list(tagger(path).items())[:3]), "alone it is tagged the same"
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
+    (note,) = (line for line in lines if line.startswith("note: "))
+    assert re.fullmatch(rf"note: {tmp_path}/cut.mp3: only the first (9|10)\.\d s of 20.0 s could be read", note)
+    errors = [line for line in lines if line != note]
     assert all(line.startswith("error: ") for line in errors), "and no decoder's comments"
     assert all(any(f"error: {path}: " in line for line in errors) for path in bad) and len(errors) == len(bad) + 1
     assert "n.wav: " in errors[-1] and errors[-1].endswith("File name too long")
