@@ -91,20 +91,15 @@ def read_annotations(path):
     where a row has another number of columns, a value other than 0 or 1, or a clip id that is not a new integer.
     """
     header, rows = _read_table(path)
-    tag_names, line_of = header[1:-1], {}
-    labels = np.zeros((len(rows), len(tag_names)), np.uint8)
-    for row, (line, (clip_id, *values, mp3_path)) in enumerate(rows):
-        clip = _clip_id(path, line, clip_id)
-        if clip in line_of:
-            raise InputError(f"{path}, line {line}: clip {clip} is there already, on line {line_of[clip]}")
-        line_of[clip] = line
+    tag_names, labels = header[1:-1], np.zeros((len(rows), len(header) - 2), np.uint8)
+    for row, (clip, (line, (_, *values, mp3_path))) in enumerate(rows.items()):
         for name, value in zip(tag_names, values):
             if value not in ("0", "1"):
                 raise InputError(f"{path}, line {line}: {name!r} is {value!r}; it must be 0 or 1")
         if not mp3_path or "\0" in mp3_path:
             raise InputError(f"{path}, line {line}: clip {clip} has no mp3_path")
         labels[row] = [value == "1" for value in values]
-    return Annotations(np.array(list(line_of), np.int64), labels, tag_names, [fields[-1] for _, fields in rows])
+    return Annotations(np.array(list(rows), np.int64), labels, tag_names, [fields[-1] for _, fields in rows.values()])
 
 
 class ClipInfo(NamedTuple):
@@ -122,48 +117,47 @@ def clip_info_of(data, ids):
     """
     path = data / "clip_info_final.csv"
     header, rows = _read_table(path)
-    try:
-        columns = [header.index(name) for name in ("artist", "album", "track_number", "title")]
-    except ValueError as error:
-        raise InputError(f"{path}, line 1: a column is missing ({error})") from error
-    info = {}
-    for line, fields in rows:
-        artist, album, number, title = (fields[column] for column in columns)
-        clip = _clip_id(path, line, fields[0])
-        info[clip] = ClipInfo(artist, (artist, album), (artist, album, number, title))
-    missing = [clip for clip in ids if int(clip) not in info]
+    columns = ("artist", "album", "track_number", "title")
+    if not set(columns) <= set(header):
+        raise InputError(f"{path}, line 1: must have the columns {', '.join(columns)}")
+    missing = [clip for clip in ids.tolist() if clip not in rows]
     if missing:
         raise InputError(f"{path}: lacks {len(missing):,} of the {len(ids):,} clips, the first of them {missing[0]}")
-    return [info[int(clip)] for clip in ids]
-
-
-def _clip_id(path, line, text):
-    if not (text.isascii() and text.isdecimal() and len(text) <= 18):  # 18 digits always fit an int64
-        raise InputError(f"{path}, line {line}: clip_id is {text!r}; it must be an integer")
-    return int(text)
+    info = []
+    for clip in ids.tolist():
+        artist, album, number, title = (rows[clip][1][header.index(name)] for name in columns)
+        info.append(ClipInfo(artist, (artist, album), (artist, album, number, title)))
+    return info
 
 
 def _read_table(path):
-    """Return a tab-separated table's header, clip_id to mp3_path, and its rows as (line number, fields)."""
+    """Return a tab-separated table's header, clip_id to mp3_path, and its rows, {clip id: (line number, fields)}."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
-            rows = [(reader.line_num, fields) for fields in reader if fields]
+            lines = [(reader.line_num, fields) for fields in reader if fields]
     except FileNotFoundError:
         raise InputError(f"{path}: not there; get_data.py downloads MagnaTagATune's") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
-    if len(rows) < 2:
-        raise InputError(f"{path}: a header and no clips" if rows else f"{path}: empty")
-    (_, header), *rows = rows
+    if len(lines) < 2:
+        raise InputError(f"{path}: a header and no clips" if lines else f"{path}: empty")
+    (_, header), *lines = lines
     if len(header) < 3 or header[0] != "clip_id" or header[-1] != "mp3_path":
         raise InputError(f"{path}, line 1: no header; it must begin with clip_id and end with mp3_path")
-    if len(set(header)) < len(header) or "" in header:
+    if len({*header, ""}) <= len(header):
         wrong = ", ".join({repr(name) for name in header if not name or header.count(name) > 1})
         raise InputError(f"{path}, line 1: every column needs a name of its own ({wrong})")
-    for line, fields in rows:
+    rows = {}
+    for line, fields in lines:
         if len(fields) != len(header):
             raise InputError(f"{path}, line {line}: {len(fields)} columns, but the header has {len(header)}")
+        clip = fields[0]
+        if not (clip.isascii() and clip.isdecimal() and len(clip) <= 18):  # 18 digits always fit an int64
+            raise InputError(f"{path}, line {line}: clip_id is {clip!r}; it must be an integer")
+        if int(clip) in rows:
+            raise InputError(f"{path}, line {line}: clip {clip} is there already, on line {rows[int(clip)][0]}")
+        rows[int(clip)] = line, fields
     return header, rows
 
 

@@ -151,7 +151,7 @@ def train(settings, device, dtype, folder, saved):
             group["lr"] = learning_rate_at(epoch, settings)
         net.train()
         batches = epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size)
-        losses = Losses(epoch, len(batches), device, dtype)
+        losses = Losses(epoch, len(batches), device)
         shares = [share_of_this_process(rows) for rows in batches]
         for rows, (spectrograms, targets) in zip(batches, feeder.batches(shares)):
             losses.append(step(spectrograms, targets, n_clips=len(rows)))

@@ -43,40 +43,34 @@ def load_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint; trainer.py writes it, --name or --checkpoint names another")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
-            damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if damaged := archive.testzip():
+                raise InputError(f"its part {damaged} has another checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _check(checkpoint)
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
-        raise InputError(f"{path}: damaged, or not a checkpoint of trainer.py ({reason(error)[:100]})") from error
-    if damaged:
-        raise InputError(f"{path}: damaged (its part {damaged} has another checksum); train again or restore a copy")
-    try:
-        wrong = _first_fault(checkpoint)
-    except Exception as error:  # right keys with contents of any kind
-        wrong = f"its contents are not as they should be ({reason(error)[:100]})"
-    if wrong:
-        raise InputError(f"{path}: not a checkpoint of trainer.py: {wrong}")
+        fault = reason(error)[:100]
+        raise InputError(f"{path}: damaged, or not a checkpoint of trainer.py ({fault}); train again") from error
     return checkpoint
 
 
-def _first_fault(checkpoint):
-    """Return what is wrong with the contents of a checkpoint; None if nothing is."""
+def _check(checkpoint):
+    """Raise an exception if the contents of a checkpoint are not what trainer.py writes."""
     for name, kind in CONTENTS.items():
         if not isinstance(checkpoint[name], kind):
-            return f"its {name} is no {kind.__name__}"
-    weights, normalization = checkpoint["weights"], checkpoint["normalization"]
+            raise InputError(f"its {name} is no {kind.__name__}")
     with torch.device("meta"):
         expected = MultiScaleCNN(len(checkpoint["tag_names"])).state_dict()
+    weights, normalization = checkpoint["weights"], checkpoint["normalization"]
     if {name: value.shape for name, value in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        return f"it holds the weights of another network than this one with {len(checkpoint['tag_names'])} tags"
+        raise InputError(f"it holds the weights of another network than this with {len(checkpoint['tag_names'])} tags")
     if not all(value.isfinite().all() for value in [*weights.values(), *normalization.values()]):
-        return "it holds weights that are not finite"
+        raise InputError("it holds values that are not finite")
     if any(normalization[name].shape != (N_MELS,) for name in ("mean", "std")) or (normalization["std"] <= 0).any():
-        return "its normalization is impossible"
+        raise InputError("its normalization is impossible")
     if any(checkpoint["clip_ids"][part].dtype != torch.int64 for part in ("train", "validation", "test")):
-        return "its clip_ids are no integers"
+        raise InputError("its clip_ids are no integers")
     if any(row.keys() != checkpoint["history"][0].keys() for row in checkpoint["history"]):
-        return "its history is incomplete"
-    return None
+        raise InputError("its history is incomplete")
 
 
 def network_of(checkpoint, device):

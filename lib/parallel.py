@@ -132,10 +132,6 @@ def sum_over_processes(tensor):
 
 def sum_gradients(net):
     """Replace each process's gradients by their sum over all processes."""
-    if n_processes() == 1:
-        return
-    gradients = [weights.grad for weights in net.parameters()]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(together)
-    for gradient, part in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    if n_processes() > 1:
+        for weights in net.parameters():
+            dist.all_reduce(weights.grad)

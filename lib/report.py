@@ -48,33 +48,34 @@ def print_summary(settings, experiment, net, device, n_steps, first_epoch):
 class Losses:
     """The loss of each step of an epoch. A GPU has to wait where one is read, so that is done only now and then."""
 
-    def __init__(self, epoch, n_steps, device, dtype):
-        self.epoch, self.values, self.n_steps = epoch, torch.zeros(n_steps, dtype=dtype, device=device), 0
+    def __init__(self, epoch, n_steps, device):
+        self.epoch, self.values, self.unread = epoch, [], []
         self.steps_per_reading = 1 if device.type == "cpu" else STEPS_PER_READING
-        self.read = []
         options = {"unit": "step", "leave": False, "disable": not is_main_process()}
         self.bar = progress(desc=f"epoch {epoch}", total=n_steps, **options)
 
     def append(self, loss):
         """Add this process's part of a step's loss, 0-d. Raises InputError at one that turns out not to be finite."""
-        self.values[self.n_steps] = loss
-        self.n_steps += 1
+        self.unread.append(loss.clone())  # a replayed graph overwrites its loss
         self.bar.update()
-        if self.n_steps % self.steps_per_reading == 0 or self.n_steps == len(self.values):
+        if len(self.unread) == self.steps_per_reading:
             self._read()
 
     def _read(self):
-        new = sum_over_processes(self.values[len(self.read) : self.n_steps])
-        self.read += new.tolist()
-        for step, loss in enumerate(self.read[-len(new) :], start=self.n_steps - len(new) + 1):
+        first_step = len(self.values) + 1
+        self.values += sum_over_processes(torch.stack(self.unread)).tolist()
+        self.unread = []
+        for step, loss in enumerate(self.values[first_step - 1 :], start=first_step):
             if not np.isfinite(loss):
                 where = f"epoch {self.epoch}, step {step}"
                 raise InputError(f"{where}: the loss is {loss}; a lower --learning-rate may help")
-        self.bar.set_postfix(loss=f"{self.read[-1]:.4f}", refresh=False)
+        self.bar.set_postfix(loss=f"{self.values[-1]:.4f}", refresh=False)
 
     def mean(self):
+        if self.unread:
+            self._read()
         self.bar.close()
-        return float(np.mean(self.read))
+        return float(np.mean(self.values))
 
 
 def print_epoch(row):

@@ -272,7 +272,7 @@ def test_batches_are_the_normalised_clips_and_their_labels(small, resident):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step():
-    losses = Losses(1, n_steps=5, device=torch.device("cpu"), dtype=torch.float32)
+    losses = Losses(1, n_steps=5, device=torch.device("cpu"))
     losses.append(torch.tensor(1.0))
     losses.append(torch.tensor(0.9))
     with pytest.raises(InputError, match="epoch 1, step 3: the loss is nan"):
