@@ -1,0 +1,119 @@
+"""The baseline and the paired comparison against scikit-learn; predictions as tables."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from lib.common import InputError
+from lib.compare import BASELINE_C, band_features, baseline_predictions, paired_difference
+from lib.predictions import continued_table, write_predictions, write_worth_a_listen
+from lib.scores import resample_weights
+
+
+def scored_clips(n_clips=40, n_tags=3):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((n_clips, n_tags)) < 0.4).astype(np.uint8)
+    ours, theirs = (np.clip(labels * good + rng.random(labels.shape), 0, 2) / 2 for good in (0.5, 0.2))
+    return labels, ours, theirs, rng.integers(0, 15, n_clips)
+
+
+def test_the_paired_interval_is_that_of_a_loop_over_scikit_learn():
+    labels, ours, theirs, groups = scored_clips()
+    found = paired_difference(labels, ours, theirs, groups, 60, seed=3)
+    for name, score in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
+        differences = []
+        for weights in resample_weights(groups, 60, seed=3):
+            rows = np.repeat(np.arange(len(labels)), weights)
+            both = [[score(labels[rows, tag], each[rows, tag]) for tag in range(3)] for each in (ours, theirs)]
+            differences.append(np.subtract(*both))
+        expected = score(labels, ours, average=None) - score(labels, theirs, average=None)
+        assert found[name]["value"] == pytest.approx(expected.mean())
+        assert found[name]["tags"]["value"] == pytest.approx(expected)
+        ends = found[name]["low"], found[name]["high"]
+        assert ends == pytest.approx(np.percentile(np.mean(differences, axis=1), [2.5, 97.5]))
+        assert found[name]["tags"]["low"] == pytest.approx(np.percentile(differences, 2.5, axis=0))
+
+
+def test_a_network_is_no_better_than_itself():
+    labels, ours, _, groups = scored_clips()
+    found = paired_difference(labels, ours, ours, groups, 20, seed=3)["roc_auc"]
+    assert found["value"] == found["low"] == found["high"] == 0
+
+
+def test_the_baseline_is_scikit_learns_and_knows_the_training_clips_alone():
+    rng = np.random.default_rng(0)
+    spectrograms = rng.normal(size=(60, 4, 628))
+    features = band_features(spectrograms.sum(axis=2), np.square(spectrograms).sum(axis=2))
+    assert np.allclose(features, np.hstack([spectrograms.mean(axis=2), spectrograms.std(axis=2)]))
+    labels = np.stack([features[:, 0] > 0, np.arange(60) >= 40], axis=1).astype(np.uint8)
+    train = np.arange(40)
+    found = baseline_predictions(features, labels, train)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=BASELINE_C, max_iter=1000))
+    assert np.allclose(found[:, 0], model.fit(features[train], labels[train, 0]).predict_proba(features)[:, 1])
+    assert (found[:, 1] == 0).all(), "a tag that no training clip has"
+    labels[40:] = 0
+    assert np.array_equal(found, baseline_predictions(features, labels, train))
+
+
+def test_predictions_survive_the_table(tmp_path):
+    labels, ours, _, _ = scored_clips()
+    clips = [(clip, f"a/é {clip}.mp3") for clip in range(40)]
+    write_predictions(tmp_path / "predictions.csv", clips, ["slow", "no, beat", "é"], ours)
+    with open(tmp_path / "predictions.csv", encoding="utf-8-sig", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["clip_id", "mp3_path", "slow", "no, beat", "é"]
+    assert [(int(row[0]), row[1]) for row in rows] == clips
+    assert np.abs(np.array([row[2:] for row in rows], float) - ours).max() < 1e-9
+
+
+def test_the_clips_that_are_worth_a_listen(tmp_path):
+    labels = np.array([[0], [0], [1], [1], [0]])
+    probabilities = np.array([[0.1], [0.9], [0.2], [0.7], [0.5]])
+    clips = [(clip, f"{clip}.mp3") for clip in range(5)]
+    write_worth_a_listen(tmp_path / "listen.csv", clips, ["slow"], labels, probabilities)
+    rows = list(csv.DictReader((tmp_path / "listen.csv").open(encoding="utf-8-sig")))
+    assert [row["clip_id"] for row in rows] == ["1", "4", "0", "2", "3"]
+    assert rows[0] == {"tag": "slow", "annotators": "0", "network": "0.9000", "clip_id": "1", "mp3_path": "1.mp3"}
+
+
+def fill(table, files, tags=("slow",)):
+    """Complete the table of a library; return the files that it lacked."""
+    with continued_table(table, files, list(tags)) as (missing, add):
+        for file in missing:
+            add(file, 29.1, [0.25])
+    return missing
+
+
+def test_a_librarys_table_goes_on_wherever_it_was_cut_off(tmp_path):
+    files = [tmp_path / f"song {number}, \n\udce9.mp3" for number in range(4)]
+    for file in files:
+        file.write_bytes(b"music")
+    table = tmp_path / "tags.csv"
+    assert fill(table, files) == files and fill(table, files) == []
+    whole = table.read_bytes()
+    header = whole.index(b"\r\n") + 2
+    for length in np.linspace(header, len(whole) - 1, 10).astype(int):
+        table.write_bytes(whole[:length])
+        assert fill(table, files) == files[whole[:length].count(b"\r\n") - 1 :]
+        assert table.read_bytes() == whole
+
+
+def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_path):
+    files = [tmp_path / "one.mp3", tmp_path / "two.mp3", tmp_path / "missing.mp3"]
+    for file in files[:2]:
+        file.write_bytes(b"music")
+    table = tmp_path / "tags.csv"
+    fill(table, files)
+    files[0].write_bytes(b"other music")
+    os.utime(files[1], (1, 1))
+    assert fill(table, files) == files[:2]
+    before = table.read_bytes()
+    with pytest.raises(InputError, match="not a table of these tags"):
+        fill(table, files, tags=["slow", "fast"])
+    assert table.read_bytes() == before
