@@ -15,8 +15,8 @@ from lib.parallel import barrier, is_main_process
 NOT_HYPERPARAMETERS = {"data", "experiments", "name", "resume", "overwrite", "device", "compile", "graph", "resident"}
 MAY_GROW = {"epochs", "drop_after"}  # between a run and its resumption, as far as no finished epoch is concerned
 # Besides last.pt, by trainer.py and by evaluate.py
-OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.csv", "per_tag.png")
-OUTPUTS += ("correlations.png", "taggram_*.png")
+OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.*")
+OUTPUTS += ("correlations.png", "taggram_*.png", "predictions_*.csv", "worth_a_listen.csv", "comparison.*")
 SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, which short epochs would feel
 
 
@@ -93,7 +93,10 @@ def write_outputs(folder, checkpoint, is_last):
 
     history, curves = checkpoint["history"], folder / "curves.png"
     if len(history) == 1:
-        remove_older_outputs(folder)
+        began = (folder / "last.pt").stat().st_mtime_ns
+        for path in [path for pattern in OUTPUTS for path in folder.glob(pattern)]:
+            if path.stat().st_mtime_ns < began:
+                path.unlink()
     if history[-1]["best"]:
         save(folder / "best.pt", {name: value for name, value in checkpoint.items() if name != "continuation"})
     with whole_file(folder / "hyperparameters.json", "w", encoding="utf-8") as file:
@@ -104,12 +107,3 @@ def write_outputs(folder, checkpoint, is_last):
         table.writerows(history)
     if is_last or not curves.exists() or time.time() - curves.stat().st_mtime > SECONDS_BETWEEN_PICTURES:
         training_curves(curves, history, synthetic=checkpoint["synthetic"])
-
-
-def remove_older_outputs(folder):
-    """Delete what the scripts wrote into `folder` before its last.pt: it describes the experiment that was there."""
-    began = (folder / "last.pt").stat().st_mtime_ns
-    for pattern in OUTPUTS:
-        for path in folder.glob(pattern):
-            if path.stat().st_mtime_ns < began:
-                path.unlink()
