@@ -1,15 +1,14 @@
 """Score a trained checkpoint on its validation and test clips, or tag your own music with it.
 
-Writes results.json, per_tag.csv and pictures beside the checkpoint. With --tag, prints the most likely tags of each
-audio file instead. From Python: Tagger("experiments/paper/best.pt")("song.mp3") gives {tag: probability}.
+Writes results.json, tables and pictures beside the checkpoint. With --against, compares it with another experiment's
+on the clips that neither was trained on. With --tag, prints the most likely tags of each audio file instead.
+From Python: Tagger("experiments/paper/best.pt")("song.mp3") gives {tag: probability}.
 """
 
 import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
 
 import csv
 import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,14 +17,16 @@ import numpy as np
 import torch
 
 from lib import scores
-from lib.audio import HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
+from lib.baseline import band_features, baseline_predictions
 from lib.checkpoint import load_checkpoint
-from lib.common import ROOT, InputError, Range, reason, run, settings_from_command_line, whole_file
+from lib.common import ROOT, InputError, Range, run, settings_from_command_line, whole_file
 from lib.dump import Dump
-from lib.feeder import Feeder, load_ahead, predict
+from lib.feeder import Feeder, predict
+from lib.library import tag_files
 from lib.parallel import autocast, choose_device
+from lib.predictions import write_predictions, write_worth_a_listen
 from lib.scores import format_score
-from lib.tagger import Tagger, audio_files, network_in_precision, silence_decoders, taggram, windows
+from lib.tagger import Tagger, network_in_precision  # noqa: F401 - Tagger: for other programs
 from tags import clip_info_of, select_tags
 
 
@@ -37,6 +38,8 @@ class Settings:
     checkpoint: Path | None = None  # another checkpoint, instead of the experiment's best.pt
     data: Path = ROOT / "data"  # folder with the dump
     other_data: bool = False  # score the dump although it is not the one that the checkpoint was trained on
+    against: str = ""  # another experiment, to compare with instead of scoring
+    baseline: bool = True  # score a logistic regression on the mel bands' loudness too, which a network has to beat
 
     # scores
     resamples: Annotated[int, Range(1, 10_000)] = 1000  # of the bootstrap behind the 95% intervals
@@ -50,11 +53,11 @@ class Settings:
     top: Annotated[int, Range(1)] = 5  # how many tags to print for each file
     json: bool = False  # print one JSON object, file -> tag -> probability
     taggram: bool = False  # draw each file's spectrogram and tags over time, beside the checkpoint
+    csv: Path | None = None  # write a table, a row for each file as it is done, instead; goes on where it ended
 
 
+EVALUATED = ("validation", "test")  # parts of the split
 ENOUGH_CLIPS = 30  # to score those that share no track with training
-THREADS = os.cpu_count() or 1  # decode as many files ahead of the network
-INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header promises, as some mp3 files are
 
 
 def main():
@@ -68,8 +71,12 @@ def main():
     labels, rows_of = clips_of(checkpoint, dump, settings.other_data)
     has_clip_info = (settings.data / "clip_info_final.csv").exists()
     info = clip_info_of(settings.data, dump.ids) if has_clip_info else None
-    dump.band_sums()  # compares every byte with the checksums
-    probabilities = predict_parts(checkpoint, dump, labels, rows_of, device, settings)
+    sums = dump.band_sums()  # and compares every byte with the checksums
+    if settings.against:
+        return compare_experiments(settings, checkpoint, labels, rows_of, dump, info, device)
+
+    probabilities = {part: predict_rows(checkpoint, dump, rows_of[part], device, settings) for part in EVALUATED}
+    baseline = baseline_predictions(band_features(*sums), labels, rows_of["train"]) if settings.baseline else None
     other_data = checkpoint["dump"] != dump.fingerprint
     comparable = scores.is_papers_experiment(checkpoint) and not other_data
     results = {
@@ -78,16 +85,19 @@ def main():
         "other_data": other_data,
         "synthetic": dump.synthetic,
         "paper_roc_auc": scores.PAPER if comparable else None,
-        "intervals": f"95%, {settings.resamples:,} resamples over {'tracks' if info else 'clips'}",
+        "intervals": intervals(settings, info),
     }
-    for part in ("validation", "test"):
-        rows = rows_of[part]
-        results[part] = score_part(
-            labels[rows], probabilities[part], checkpoint["tag_names"], settings, info, rows, rows_of["train"]
-        )
+    for part in EVALUATED:
+        results[part] = score_part(settings, checkpoint, labels, probabilities[part], baseline, info, rows_of, part)
     print_results(results, checkpoint)  # first: no full disk can lose them
     write_results(results, path.parent)
-    draw_results(results, checkpoint["tag_names"], labels[rows_of["test"]], probabilities["test"], path.parent)
+    clips = {part: [(dump.ids[row], dump.path_of(row)) for row in rows_of[part]] for part in EVALUATED}
+    for part in EVALUATED:
+        table = path.parent / f"predictions_{part}.csv"
+        write_predictions(table, clips[part], checkpoint["tag_names"], probabilities[part])
+    test = checkpoint["tag_names"], labels[rows_of["test"]], probabilities["test"]
+    write_worth_a_listen(path.parent / "worth_a_listen.csv", clips["test"], *test)
+    draw_results(results, *test, path.parent)
 
 
 # Scores
@@ -113,7 +123,7 @@ def clips_of(checkpoint, dump, other_data):
         if absent:
             few = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
             raise InputError(f"{dump.data}: lacks {len(absent):,} of the checkpoint's {part} clips: {few}")
-        rows[part] = np.array([row_of[clip] for clip in ids.tolist()])
+        rows[part] = np.sort([row_of[clip] for clip in ids.tolist()])
     if checkpoint["dump"] != dump.fingerprint and not other_data:
         raise InputError(
             f"{dump.data}: not the dump that the checkpoint was trained on; point --data at that one, or score this "
@@ -122,45 +132,58 @@ def clips_of(checkpoint, dump, other_data):
     return labels[:, [names.index(name) for name in checkpoint["tag_names"]]], rows
 
 
-def predict_parts(checkpoint, dump, labels, rows_of, device, settings):
-    """Return the probabilities of the validation and the test clips, by part."""
+def predict_rows(checkpoint, dump, rows, device, settings):
+    """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
     normalization = (checkpoint["normalization"]["mean"].numpy(), checkpoint["normalization"]["std"].numpy())
     net, precision = network_in_precision(checkpoint, device, settings.precision)
-    feeder = Feeder(dump, labels, normalization, device, getattr(torch, precision), resident="no")
+    feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision), resident="no")
     with autocast(device, precision):
-        return {part: predict(net, feeder, rows_of[part], settings.batch_size) for part in ("validation", "test")}
+        return predict(net, feeder, rows, settings.batch_size)
 
 
-def score_part(labels, probabilities, tag_names, settings, info, rows, training_rows):
-    """Return all scores of one part of the split, as results.json holds them."""
-    groups = np.arange(len(rows))
-    if info:
-        _, groups = np.unique([str(info[row].track) for row in rows], return_inverse=True)
-    resampled = scores.bootstrap(labels, probabilities, groups, settings.resamples, settings.seed)
-    auc, ap = scores.roc_auc(labels, probabilities), scores.average_precision(labels, probabilities)
-    return {
+def intervals(settings, info):
+    return f"95%, {settings.resamples:,} resamples over {'tracks' if info else 'clips'}"
+
+
+def groups_of(rows, info):
+    """Return the number of each clip's track, as lib.scores.bootstrap takes it; without `info`, of each clip."""
+    return np.unique([str(info[row].track) for row in rows], return_inverse=True)[1] if info else np.arange(len(rows))
+
+
+def score_part(settings, checkpoint, labels, probabilities, baseline, info, rows_of, part):
+    """Return all scores of one part of the split, as results.json holds them.
+
+    `labels` and `baseline` are those of the whole dump, `probabilities` of the part.
+    """
+    tag_names, rows = checkpoint["tag_names"], rows_of[part]
+    labels, groups = labels[rows], groups_of(rows, info)
+    ours = scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed)
+    result = {
         "clips": len(rows),
-        "roc_auc": with_interval(scores.macro(auc), scores.macro(resampled.roc_auc)),
-        "average_precision": with_interval(scores.macro(ap), scores.macro(resampled.average_precision)),
+        **macro_scores(ours),
         "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
-        "one_class": [name for name, score in zip(tag_names, auc) if np.isnan(score)],
-        "leakage": leakage(labels, probabilities, info, rows, training_rows) if info else None,
-        "tags": per_tag_rows(tag_names, labels, auc, ap, resampled),
+        "one_class": [name for name, score in zip(tag_names, ours.per_tag["roc_auc"]) if np.isnan(score)],
+        "leakage": leakage(labels, probabilities, info, rows, rows_of["train"]) if info else None,
+        "baseline": None,
+        "tags": per_tag_rows(tag_names, labels, ours),
     }
+    if baseline is not None:
+        its = scores.scores_of(labels, baseline[rows], groups, settings.resamples, settings.seed)
+        result["baseline"] = {**macro_scores(its), "network_minus_baseline": macro_scores(ours.minus(its))}
+    return result
 
 
-def with_interval(value, resampled):
-    low, high = scores.interval(resampled)
-    return {"value": value, "low": low, "high": high}
+def macro_scores(found):
+    return {name: found.macro(name) for name in found.per_tag}
 
 
-def per_tag_rows(tag_names, labels, auc, ap, resampled):
-    """Return a row of scores for each tag, in the checkpoint's order."""
+def per_tag_rows(tag_names, labels, found):
+    """Return a row of `found` scores for each tag, in the checkpoint's order."""
     columns = {"tag": tag_names, "positives": labels.sum(axis=0, dtype=int), "prevalence": labels.mean(axis=0)}
-    for score, values in (("roc_auc", auc), ("average_precision", ap)):
-        low, high = scores.interval(getattr(resampled, score))
-        columns |= {score: values, f"{score}_low": low, f"{score}_high": high}
+    for name, values in found.per_tag.items():
+        low, high = scores.interval(found.resampled[name])
+        columns |= {name: values, f"{name}_low": low, f"{name}_high": high}
     rows = zip(*(np.asarray(values).tolist() for values in columns.values()))
     return [dict(zip(columns, row)) for row in rows]
 
@@ -183,14 +206,17 @@ def leakage(labels, probabilities, info, rows, training_rows):
 
 
 def write_results(results, folder):
-    results = without_nan(results)
-    with whole_file(folder / "results.json", "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1, allow_nan=False)
+    write_json(folder / "results.json", results)
     with whole_file(folder / "per_tag.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, ["part", *results["test"]["tags"][0]])
         table.writeheader()
-        for part in ("validation", "test"):
+        for part in EVALUATED:
             table.writerows({"part": part, **row} for row in results[part]["tags"])
+
+
+def write_json(path, results):
+    with whole_file(path, "w", encoding="utf-8") as file:
+        json.dump(without_nan(results), file, indent=1, allow_nan=False)
 
 
 def without_nan(value):
@@ -213,7 +239,7 @@ def draw_results(results, tag_names, labels, probabilities, folder):
 
 def print_results(results, checkpoint):
     print_tags(results["test"]["tags"])
-    for part in ("validation", "test"):
+    for part in EVALUATED:
         print_part(part, results[part])
     print(f"\nbrackets: {results['intervals']}")
     print(scores.compare_with_paper(checkpoint))
@@ -253,6 +279,8 @@ def print_part(part, result):
         print(f"  left out           {', '.join(result['one_class'])}: only one class among these clips")
     if result["leakage"]:
         print_leakage(**result["leakage"])
+    if result["baseline"]:
+        print_baseline(**result["baseline"])
 
 
 def print_leakage(share_of_track, share_of_album, share_of_artist, clips_of_other_tracks, roc_auc_of_other_tracks):
@@ -263,85 +291,73 @@ def print_leakage(share_of_track, share_of_album, share_of_artist, clips_of_othe
     print(f"  other tracks only  {score} ({clips_of_other_tracks:,} clips)")
 
 
-# Your own music
+def print_baseline(roc_auc, average_precision, network_minus_baseline):
+    gain, precision = network_minus_baseline["roc_auc"], format_interval(average_precision)
+    print(f"  baseline           ROC-AUC {format_interval(roc_auc)}, average precision {precision}")
+    verdict = "" if gain["low"] > 0 else ": not clearly better than a logistic regression on the mel bands' loudness"
+    print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
 
 
-def tag_files(settings, checkpoint_path):
-    """Print the most likely tags of each file; return the exit status, 1 if one could not be tagged or drawn."""
-    if not settings.tag:
-        raise InputError("--tag: needs audio files, or folders of them, after it")
-    silence_decoders()
-    tagger = Tagger(checkpoint_path, settings.device, settings.precision)
-    if tagger.synthetic and not settings.json:
-        print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little")
-    files, problems = audio_files(settings.tag)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-
-    def prepare(path):
-        """Return a file's (samples, spectrograms), or the error; runs in a thread, ahead of the network."""
-        try:
-            samples = tagger.samples(path)
-            return samples, tagger.spectrograms(windows(samples))
-        except Exception as error:  # whatever one file does never costs the others
-            return error
-
-    found, pictures, n_errors = {}, {}, len(problems)
-    try:
-        for path, prepared in zip(files, load_ahead(prepare, files, THREADS, THREADS)):
-            try:
-                if isinstance(prepared, Exception):
-                    raise prepared
-                samples, spectrograms = prepared
-                note_missing_end(path, samples)
-                found[str(path)] = tags = dict(list(tagger.tags(spectrograms).items())[: settings.top])
-                if not settings.json:
-                    print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
-                if settings.taggram:
-                    draw_taggram(tagger, samples, settings.top, path, checkpoint_path.parent, pictures)
-            except BrokenPipeError:  # nobody reads the results any more
-                raise
-            except Exception as error:
-                n_errors += 1
-                print(f"error: {path}: {reason(error).removeprefix(f'{path}: ')}", file=sys.stderr)
-    finally:  # after Ctrl-C too
-        if settings.json:
-            print(json.dumps(found, indent=1, allow_nan=False))
-    return 1 if n_errors else 0
+# Two experiments
 
 
-def note_missing_end(path, samples):
-    """Say so if an audio file is shorter than its header promises."""
-    promised, read = promised_seconds(path), len(samples) / SAMPLE_RATE
-    if read < promised - INEXACT_SECONDS:
-        print(f"note: {path}: only the first {read:.1f} s of {promised:.1f} s could be read", file=sys.stderr)
+def compare_experiments(settings, checkpoint, labels, rows_of, dump, info, device):
+    """Print, write and draw how the checkpoint differs from that of --against, on clips that both held out.
 
-
-def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
-    """Draw the log-mel spectrogram of an audio file above its most likely tags over time, into `folder`.
-
-    The picture has the file's name; with as many of the file's folders before it, if `pictures`, name -> file, has the
-    name for another file.
+    `labels` are those of the checkpoint's tags, and serve for both. Raises InputError if one was trained on, or chosen
+    by, clips that the other is tested on, or if they share no test clips or no tags.
     """
-    from lib import figures
-
-    file = Path(os.path.abspath(path))
-    for n_parts in range(1, len(file.parts)):
-        picture = folder / f"taggram_{'_'.join(file.parts[-n_parts:])}.png"
-        if pictures.setdefault(picture, file) == file:
-            break
-    times, probabilities = taggram(tagger, samples)
-    top = np.argsort(-probabilities.mean(axis=0), kind="stable")[:n_tags]
-    figures.taggram(
-        picture,
-        log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH),
-        [tagger.tag_names[tag] for tag in top],
-        times,
-        probabilities[:, top],
-        title=path.name.encode(errors="backslashreplace").decode(),  # a file's name need not be UTF-8
-        synthetic=tagger.synthetic,
+    other = load_checkpoint(settings.experiments / settings.against / "best.pt")
+    others_rows_of = clips_of(other, dump, settings.other_data)[1]
+    for seen, tested in ((rows_of, others_rows_of), (others_rows_of, rows_of)):
+        n_seen = np.isin(tested["test"], np.concatenate([seen["train"], seen["validation"]])).sum()
+        if n_seen:
+            clips = f"{n_seen:,} of the {len(tested['test']):,} test clips of one"
+            raise InputError(f"{settings.name}, {settings.against}: the other was trained on, or chosen by, {clips}")
+    rows = np.intersect1d(rows_of["test"], others_rows_of["test"])
+    tags = [tag for tag in checkpoint["tag_names"] if tag in other["tag_names"]]
+    if not len(rows) or not tags:
+        raise InputError(f"{settings.name}, {settings.against}: have no test clips, or no tags, in common")
+    labels = labels[rows][:, [checkpoint["tag_names"].index(tag) for tag in tags]]
+    ours, theirs = (
+        scores.scores_of(
+            labels,
+            predict_rows(its, dump, rows, device, settings)[:, [its["tag_names"].index(tag) for tag in tags]],
+            groups_of(rows, info),
+            settings.resamples,
+            settings.seed,
+        )
+        for its in (checkpoint, other)
     )
-    print(f"  {picture}", file=sys.stderr)
+    difference = ours.minus(theirs)
+    result = {
+        "name": settings.name,
+        "against": settings.against,
+        "clips": len(rows),
+        "intervals": intervals(settings, info),
+        **macro_scores(difference),
+        "tags": per_tag_rows(tags, labels, difference),
+    }
+    print_comparison(result)
+    folder = (settings.checkpoint or settings.experiments / settings.name / "best.pt").parent
+    write_json(folder / "comparison.json", result)
+    from lib.figures import tag_differences  # matplotlib takes a while to import
+
+    title = f"{settings.name} - {settings.against}"
+    tag_differences(folder / "comparison.png", result["tags"], title, synthetic=dump.synthetic)
+
+
+def print_comparison(result):
+    name, against = result["name"], result["against"]
+    print(f"{name} - {against}, {result['clips']:,} test clips of both")
+    print(f"  ROC-AUC            {format_interval(result['roc_auc'])}  macro over {len(result['tags'])} tags")
+    print(f"  average precision  {format_interval(result['average_precision'])}")
+    for row in sorted(result["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"])):
+        if row["roc_auc_low"] > 0 or row["roc_auc_high"] < 0:
+            print(f"  {row['tag']:<22} {bracketed(row, 'roc_auc')}  ROC-AUC, differs clearly")
+    print(f"brackets: {result['intervals']}, the same for both")
+    better = name if result["roc_auc"]["low"] > 0 else against if result["roc_auc"]["high"] < 0 else None
+    print(f"{better} is better" if better else f"these clips cannot tell which of {name} and {against} is better")
 
 
 if __name__ == "__main__":

@@ -279,6 +279,10 @@ class Dump:
         if not np.isfinite(sums[1, self.starts[index] : self.starts[index + 1]]).all():
             raise InputError(f"{file}: holds values that are not finite; {ANEW}")
 
+    def path_of(self, row):
+        """Return the audio file of a row, relative to the data folder; empty for another program's dump."""
+        return self.mp3_paths[row] if self.mp3_paths else ""
+
     def gather(self, rows, normalization, out):
         """Copy the spectrograms of `rows` into `out` (rows, 128, 628) float32, normalised per mel band."""
         mean, std = normalization

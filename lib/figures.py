@@ -116,6 +116,29 @@ def _dots_and_intervals(axes, rows, interval):
 
 
 @styled
+def tag_differences(path, rows, title, synthetic=False):
+    """Draw by how much the ROC-AUC of each tag differs between two networks, with its interval, the largest first.
+
+    `rows` are like those of `per_tag_roc_auc`, of differences.
+    """
+    rows = sorted((row for row in rows if np.isfinite(row["roc_auc"])), key=lambda row: -row["roc_auc"])
+    value, low, high = np.array([[row[key] for row in rows] for key in ("roc_auc", "roc_auc_low", "roc_auc_high")])
+    places = np.arange(len(rows))
+    figure = _figure(title, synthetic, 6.4, 1.2 + 0.17 * len(rows))
+    axes = figure.subplots()
+    axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    axes.grid(axis="y", color="0.9")
+    axes.axvline(0, color="black", linestyle=":", linewidth=1)
+    axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
+    clear = (low > 0) | (high < 0)
+    axes.plot(value[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
+    axes.plot(value[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
+    axes.legend()
+    axes.set_xlabel("difference of ROC-AUC and its 95% interval")
+    return _save(figure, path)
+
+
+@styled
 def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
     """Draw how tags go together in the annotations and in the predictions, both (clips, tags), similar ones adjacent.
 

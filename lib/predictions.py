@@ -1,13 +1,10 @@
-"""Predictions as tables: of a dump's clips, of the clips that are worth a listen, of a library of songs."""
+"""Predictions that are kept as tables: of each clip, and of the clips that are worth a listen."""
 
-import contextlib
 import csv
-import io
-import os
 
 import numpy as np
 
-from lib.common import InputError, lock, whole_file
+from lib.common import whole_file
 
 WORTH_A_LISTEN = 10  # clips of each tag, in each direction
 
@@ -36,45 +33,5 @@ def write_worth_a_listen(path, clips, tag_names, labels, probabilities):
 
 
 def _write(path, rows):
-    with whole_file(path, "w", encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+    with whole_file(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
-
-
-@contextlib.contextmanager
-def continued_table(path, files, tag_names):
-    """Open the table of a library; yield (files that it lacks, a function that adds the row of a file).
-
-    Each row is in the table once it is added. A row that a kill cut off is dropped, and so is that of a file which has
-    changed since. Raises InputError if `path` is another table, or another process is at work on it.
-    """
-    header = ["path", "seconds", *tag_names, "bytes", "modified", "error"]
-    with lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is at work on it; wait for its end"):
-        text = ""
-        if path.exists():
-            with open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
-                text = file.read()
-        rows = list(csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline="")))
-        if text and rows[:1] != [header]:
-            raise InputError(f"{path}: not a table of these tags; move it away, or give --csv another name")
-        stamps = {str(file): _stamp(file) for file in files}
-        rows = [row for row in rows[1:] if row[-3:-1] == stamps.get(row[0], row[-3:-1])]
-        _write(path, [header, *rows])
-        done = {row[0] for row in rows}
-        with open(path, "a", encoding="utf-8", newline="", errors="surrogateescape") as file:
-            table = csv.writer(file)
-
-            def add(path, seconds, probabilities, error=""):
-                values = [f"{value:.6f}" for value in probabilities] or [""] * len(tag_names)
-                table.writerow([path, seconds, *values, *stamps[str(path)], error])
-                file.flush()
-
-            yield [file for file in files if str(file) not in done], add
-
-
-def _stamp(file):
-    """Return size and time of a file, by which a change is noticed, as the table has them."""
-    try:
-        facts = os.stat(file)
-        return [str(facts.st_size), f"{facts.st_mtime:.3f}"]
-    except OSError:
-        return ["", ""]

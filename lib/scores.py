@@ -66,21 +66,43 @@ def format_score(score):
     return "undefined" if score is None or np.isnan(score) else f"{score:.4f}"
 
 
-class Bootstrap(NamedTuple):
-    """Scores of every resample: (resamples, tags) each."""
+class Scores(NamedTuple):
+    """ROC-AUC and average precision of each tag, {name: (tags,)}, and those of resamples, {name: (resamples, tags)}."""
 
-    roc_auc: np.ndarray
-    average_precision: np.ndarray
+    per_tag: dict
+    resampled: dict
+
+    def macro(self, name):
+        """Return the mean over the tags and the ends of its 95% interval."""
+        low, high = interval(macro(self.resampled[name]))
+        return {"value": macro(self.per_tag[name]), "low": low, "high": high}
+
+    def minus(self, other):
+        """Return how much better these scores are. Both have to be of the same clips and seed: a paired difference.
+
+        What makes a resample hard for both then cancels out, so the difference has a narrower interval than either.
+        """
+        return Scores(*({name: ours[name] - theirs[name] for name in ours} for ours, theirs in zip(self, other)))
+
+
+def scores_of(labels, probabilities, groups, n_resamples, seed):
+    """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups (see `bootstrap`)."""
+    per_tag = {
+        "roc_auc": roc_auc(labels, probabilities),
+        "average_precision": average_precision(labels, probabilities),
+    }
+    return Scores(per_tag, bootstrap(labels, probabilities, groups, n_resamples, seed))
 
 
 def bootstrap(labels, probabilities, groups, n_resamples, seed):
     """Score resamples of the clips, drawn with replacement by whole groups: (clips,) integers from 0.
 
-    With clips of one track in one group, the resamples differ as much as sets of other tracks would.
+    With clips of one track in one group, the resamples differ as much as sets of other tracks would. Returns
+    {"roc_auc": (resamples, tags), "average_precision": (resamples, tags)}.
     """
     weights = resample_weights(groups, n_resamples, seed)
-    scores = [weighted_scores(label, scores, weights) for label, scores in zip(labels.T, probabilities.T)]
-    return Bootstrap(*(np.stack(of_all_tags, axis=1) for of_all_tags in zip(*scores)))
+    of_tags = [weighted_scores(label, scores, weights) for label, scores in zip(labels.T, probabilities.T)]
+    return dict(zip(("roc_auc", "average_precision"), np.moveaxis(of_tags, 0, 2)))
 
 
 def resample_weights(groups, n_resamples, seed):

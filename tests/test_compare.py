@@ -10,10 +10,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from lib.baseline import BASELINE_C, band_features, baseline_predictions
 from lib.common import InputError
-from lib.compare import BASELINE_C, band_features, baseline_predictions, paired_difference
-from lib.predictions import continued_table, write_predictions, write_worth_a_listen
-from lib.scores import resample_weights
+from lib.library import continued_table
+from lib.predictions import write_predictions, write_worth_a_listen
+from lib.scores import resample_weights, scores_of
 
 
 def scored_clips(n_clips=40, n_tags=3):
@@ -25,7 +26,7 @@ def scored_clips(n_clips=40, n_tags=3):
 
 def test_the_paired_interval_is_that_of_a_loop_over_scikit_learn():
     labels, ours, theirs, groups = scored_clips()
-    found = paired_difference(labels, ours, theirs, groups, 60, seed=3)
+    found = scores_of(labels, ours, groups, 60, seed=3).minus(scores_of(labels, theirs, groups, 60, seed=3))
     for name, score in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
         differences = []
         for weights in resample_weights(groups, 60, seed=3):
@@ -33,17 +34,10 @@ def test_the_paired_interval_is_that_of_a_loop_over_scikit_learn():
             both = [[score(labels[rows, tag], each[rows, tag]) for tag in range(3)] for each in (ours, theirs)]
             differences.append(np.subtract(*both))
         expected = score(labels, ours, average=None) - score(labels, theirs, average=None)
-        assert found[name]["value"] == pytest.approx(expected.mean())
-        assert found[name]["tags"]["value"] == pytest.approx(expected)
-        ends = found[name]["low"], found[name]["high"]
-        assert ends == pytest.approx(np.percentile(np.mean(differences, axis=1), [2.5, 97.5]))
-        assert found[name]["tags"]["low"] == pytest.approx(np.percentile(differences, 2.5, axis=0))
-
-
-def test_a_network_is_no_better_than_itself():
-    labels, ours, _, groups = scored_clips()
-    found = paired_difference(labels, ours, ours, groups, 20, seed=3)["roc_auc"]
-    assert found["value"] == found["low"] == found["high"] == 0
+        assert found.per_tag[name] == pytest.approx(expected)
+        assert found.resampled[name] == pytest.approx(np.array(differences))
+        low, high = np.percentile(np.mean(differences, axis=1), [2.5, 97.5])
+        assert found.macro(name) == pytest.approx({"value": expected.mean(), "low": low, "high": high})
 
 
 def test_the_baseline_is_scikit_learns_and_knows_the_training_clips_alone():
@@ -65,7 +59,7 @@ def test_predictions_survive_the_table(tmp_path):
     labels, ours, _, _ = scored_clips()
     clips = [(clip, f"a/é {clip}.mp3") for clip in range(40)]
     write_predictions(tmp_path / "predictions.csv", clips, ["slow", "no, beat", "é"], ours)
-    with open(tmp_path / "predictions.csv", encoding="utf-8-sig", newline="") as file:
+    with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["clip_id", "mp3_path", "slow", "no, beat", "é"]
     assert [(int(row[0]), row[1]) for row in rows] == clips
@@ -77,7 +71,7 @@ def test_the_clips_that_are_worth_a_listen(tmp_path):
     probabilities = np.array([[0.1], [0.9], [0.2], [0.7], [0.5]])
     clips = [(clip, f"{clip}.mp3") for clip in range(5)]
     write_worth_a_listen(tmp_path / "listen.csv", clips, ["slow"], labels, probabilities)
-    rows = list(csv.DictReader((tmp_path / "listen.csv").open(encoding="utf-8-sig")))
+    rows = list(csv.DictReader((tmp_path / "listen.csv").open(encoding="utf-8")))
     assert [row["clip_id"] for row in rows] == ["1", "4", "0", "2", "3"]
     assert rows[0] == {"tag": "slow", "annotators": "0", "network": "0.9000", "clip_id": "1", "mp3_path": "1.mp3"}
 

@@ -106,8 +106,40 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     assert test["roc_auc"]["value"] == pytest.approx(np.mean([float(row["roc_auc"]) for row in table[3:]]))
     # rows 29-39 are tested, 0-19 trained on: no track or album is in both, nor is artist 1
     assert [test["leakage"][f"share_of_{kind}"] for kind in ("track", "album", "artist")] == [0, 0, 0]
+    assert test["baseline"]["roc_auc"]["value"] != test["roc_auc"]["value"] and "network - baseline" in done.stdout
+    with open(evaluated / "predictions_test.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["clip_id", "mp3_path", "slow", "guitar", "flute"]
+    assert [row[:2] for row in rows] == [[str(101 + clip), f"{'09cdf'[clip % 5]}/{clip}.mp3"] for clip in range(29, 40)]
+    assert abs(roc_auc_score(labels[:, 0], [float(row[3]) for row in rows]) - expected) < 1e-6
+    assert (evaluated / "worth_a_listen.csv").read_text().count("\nguitar,") == 11
+    assert "baseline" not in call_script("evaluate.py", *arguments, "--no-baseline").stdout
     for picture in ("per_tag.png", "correlations.png"):
         assert (evaluated / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, call_script, tmp_path):
+    fingerprint = Dump(evaluated).fingerprint
+    for name in ("one", "same", "seen"):
+        (tmp_path / name).mkdir()
+        make_checkpoint(tmp_path / name / "best.pt", dump=fingerprint)
+    clip_ids = {"train": (110, 133), "validation": (104, 110), "test": (133, 141)}
+    clip_ids = {part: torch.arange(*ends) for part, ends in clip_ids.items()}
+    make_checkpoint(tmp_path / "seen/best.pt", dump=fingerprint, clip_ids=clip_ids)
+    arguments = ["--device", "cpu", "--data", evaluated, "--experiments", tmp_path, "--resamples", 20, "--name", "one"]
+    done = call_script("evaluate.py", *arguments, "--against", "same")
+    assert "these clips cannot tell which of one and same is better" in done.stdout
+    comparison = json.loads((tmp_path / "one/comparison.json").read_text())
+    assert comparison["clips"] == 11 and comparison["roc_auc"] == {"value": 0, "low": 0, "high": 0}
+    assert (tmp_path / "one/comparison.png").read_bytes().startswith(b"\x89PNG")
+    weights = load_checkpoint(tmp_path / "one/best.pt")["weights"]
+    weights["top.weight"] *= -1
+    make_checkpoint(tmp_path / "same/best.pt", dump=fingerprint, weights=weights)
+    done = call_script("evaluate.py", *arguments, "--against", "same")
+    comparison = json.loads((tmp_path / "one/comparison.json").read_text())
+    assert comparison["roc_auc"]["value"] != 0 and comparison["roc_auc"]["low"] <= comparison["roc_auc"]["value"]
+    refused = call_script("evaluate.py", *arguments, "--against", "seen", status=1).stderr
+    assert "the other was trained on, or chosen by, 3 of the 11 test clips" in refused and refused.count("\n") == 1
 
 
 def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp_path):
@@ -165,8 +197,7 @@ def test_the_network_computes_in_the_checkpoints_precision(hyperparameters, aske
     path = make_checkpoint(tmp_path / "best.pt", hyperparameters=hyperparameters)
     checkpoint, dump, device = load_checkpoint(path), Dump(evaluated), torch.device("cpu")
     settings = SimpleNamespace(precision=asked, batch_size=4)
-    rows_of = {"validation": np.arange(4, 6), "test": np.arange(3)}
-    found = evaluate.predict_parts(checkpoint, dump, dump.labels, rows_of, device, settings)["test"]
+    found = evaluate.predict_rows(checkpoint, dump, np.arange(3), device, settings)
     spectrograms = torch.from_numpy((dump.chunks[0][:3, None] + 5) / 3)
 
     def probabilities(precision):

@@ -38,10 +38,10 @@ def test_bootstrap_scores_are_scikit_learns_on_each_resample(predictions):
         clips = np.repeat(np.arange(300), times)
         for tag in (0, 6):
             label, score = labels[clips, tag], probabilities[clips, tag]
-            assert abs(found.roc_auc[resample, tag] - roc_auc_score(label, score)) < 1e-12
-            assert abs(found.average_precision[resample, tag] - average_precision_score(label, score)) < 1e-12
-    assert np.isnan(found.roc_auc[:, 3]).all()
-    assert not np.array_equal(found.roc_auc[0], found.roc_auc[1])
+            assert abs(found["roc_auc"][resample, tag] - roc_auc_score(label, score)) < 1e-12
+            assert abs(found["average_precision"][resample, tag] - average_precision_score(label, score)) < 1e-12
+    assert np.isnan(found["roc_auc"][:, 3]).all()
+    assert not np.array_equal(found["roc_auc"][0], found["roc_auc"][1])
 
 
 def test_the_docstrings_three_clips():

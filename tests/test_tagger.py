@@ -1,5 +1,6 @@
 """Tagging music of any length: one clip, long files, arrays, odd files, folders, and the pictures of them."""
 
+import csv
 import json
 import os
 import re
@@ -181,6 +182,20 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
 
     done = run_script("evaluate.py", *arguments, "--top", 2, "--tag", folder / "CD1/01.ogg", folder / in_folder[2])
     assert "SYNTHETIC" in done.stdout and "01.ogg: " in done.stdout and r"low \udce9.wav: " in done.stdout
+
+
+def test_a_library_is_a_table_with_a_row_for_each_file(tmp_path, tagger, run_script):
+    checkpoint = make_checkpoint(tmp_path / "best.pt")
+    soundfile.write(tmp_path / "song.flac", music(32, 44100, 2), 44100)
+    (tmp_path / "broken.mp3").write_bytes(b"not music")
+    arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--csv", tmp_path / "tags.csv", "--tag", tmp_path]
+    assert "1 of them could not be" in run_script("evaluate.py", *arguments, status=1).stdout
+    with open(tmp_path / "tags.csv", encoding="utf-8-sig", newline="") as file:
+        broken, song = csv.DictReader(file)
+    assert broken["path"].endswith("broken.mp3") and "can't be decoded" in broken["note"]
+    assert song["seconds"] == "32.0" and song["note"] == ""
+    for tag, probability in tagger(tmp_path / "song.flac").items():
+        assert float(song[tag]) == pytest.approx(probability, abs=1e-6)
 
 
 def test_folders_that_can_t_be_read_or_hold_no_audio_are_reported(tmp_path, monkeypatch):
