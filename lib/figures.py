@@ -133,7 +133,7 @@ def tag_differences(path, rows, title, synthetic=False):
     clear = (low > 0) | (high < 0)
     axes.plot(value[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
     axes.plot(value[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # above the axes, where no interval reaches
     axes.set_xlabel("difference of ROC-AUC and its 95% interval")
     return _save(figure, path)
 
