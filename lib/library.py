@@ -80,7 +80,7 @@ def tagged(tagger, files):
 
 
 def tag_library(table, tagger, files):
-    """Tag the files that are not in the table yet, one row for each as it is done; return how many have no tags."""
+    """Tag the files that are not in the table yet, one row for each as it is done; return how many got no tags."""
     n_errors = 0
     with continued_table(table, files, tagger.tag_names) as (missing, add):
         print(f"{table}: {len(files) - len(missing):,} of {len(files):,} files are in it already")
@@ -91,7 +91,7 @@ def tag_library(table, tagger, files):
             else:
                 seconds = f"{len(samples) / SAMPLE_RATE:.1f}"
                 add(path, seconds, [tags[name] for name in tagger.tag_names], missing_end(path, samples))
-    print(f"{table}: {len(missing):,} files tagged, {n_errors:,} of them could not be (the last column says why)")
+    print(f"{table}: {len(missing):,} rows added, {n_errors:,} of them without tags (the last column says why)")
     return n_errors
 
 
@@ -139,16 +139,18 @@ def continued_table(path, files, tag_names):
     """
     header = ["path", "seconds", *tag_names, "bytes", "modified", "note"]
     with lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is at work on it; wait for its end"):
-        text = ""
+        encoding = {"newline": "", "errors": "surrogateescape"}
+        first_line = io.StringIO(newline="")
+        csv.writer(first_line).writerow(header)
+        text = first_line.getvalue()
         if path.exists():
-            with open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+            with open(path, encoding="utf-8-sig", **encoding) as file:
                 text = file.read()
-        rows = list(csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline="")))
-        if text and rows[:1] != [header]:
+        if not text.startswith(first_line.getvalue()):
             raise InputError(f"{path}: not a table of these tags; move it away, or give --csv another name")
         stamps = {str(file): _stamp(file) for file in files}
-        rows = [row for row in rows[1:] if row[-3:-1] == stamps.get(row[0], row[-3:-1])]
-        encoding = {"newline": "", "errors": "surrogateescape"}
+        rows = csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline=""))
+        rows = [row for row in rows if row[-3:-1] == stamps.get(row[0], row[-3:-1])][1:]
         with whole_file(path, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
             csv.writer(file).writerows([header, *rows])
         done = {row[0] for row in rows}

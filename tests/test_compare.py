@@ -111,3 +111,5 @@ def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_pa
     with pytest.raises(InputError, match="not a table of these tags"):
         fill(table, files, tags=["slow", "fast"])
     assert table.read_bytes() == before
+    with pytest.raises(InputError, match="not a table of these tags"):
+        fill(files[0], files)

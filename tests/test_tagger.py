@@ -189,7 +189,7 @@ def test_a_library_is_a_table_with_a_row_for_each_file(tmp_path, tagger, run_scr
     soundfile.write(tmp_path / "song.flac", music(32, 44100, 2), 44100)
     (tmp_path / "broken.mp3").write_bytes(b"not music")
     arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--csv", tmp_path / "tags.csv", "--tag", tmp_path]
-    assert "1 of them could not be" in run_script("evaluate.py", *arguments, status=1).stdout
+    assert "2 rows added, 1 of them without tags" in run_script("evaluate.py", *arguments, status=1).stdout
     with open(tmp_path / "tags.csv", encoding="utf-8-sig", newline="") as file:
         broken, song = csv.DictReader(file)
     assert broken["path"].endswith("broken.mp3") and "can't be decoded" in broken["note"]
