@@ -6,7 +6,6 @@ tables. Started again after any interruption, the script goes on from where it w
 
 import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -14,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import zipfile
 import zlib
 from pathlib import Path, PureWindowsPath
@@ -22,9 +20,9 @@ from typing import Annotated
 
 import requests
 import tenacity
-import urllib3
 
 from lib.common import ROOT, InputError, Range, progress, reason, run, settings_from_command_line, whole_file
+from lib.demo import render
 
 HOSTS = ("https://mirg.city.ac.uk/datasets/magnatagatune/", "http://mi.soi.city.ac.uk/datasets/magnatagatune/")
 MD5SUMS = {
@@ -35,9 +33,7 @@ MD5SUMS = {
     "mp3.zip.003": "582dc649cabb8cd991f09e14b99349a5",
 }
 PARTS = tuple(name for name in MD5SUMS if name.startswith("mp3"))
-ARCHIVE_BYTES = 2_970_000_000  # of the three parts together, about
 CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when the script is killed
-IN_BYTES = {"unit": "B", "unit_scale": True, "leave": False}  # for progress bars
 LONGEST_PAUSE = 60  # seconds, however many attempts failed and whatever a host asks for
 
 
@@ -56,13 +52,10 @@ class Settings:
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
+    folder = settings.data / "demo" if settings.demo else settings.data
     if settings.demo:
-        from lib.demo import render  # here, because a download does not need what it imports
-
-        folder = settings.data / "demo"
         render(folder, settings.demo_clips, settings.demo_seed)
     else:
-        folder = settings.data
         fetch_and_unpack(settings)
     where = "" if folder == Settings.data else f" --data {shlex.quote(str(folder))}"
     print(f"next: python gen_spectrograms.py{where}")
@@ -73,7 +66,7 @@ def fetch_and_unpack(settings):
         raise InputError("--hosts takes addresses that begin with http:// or https:// and end with /")
     md5sums = read_md5sums(settings.md5sums) if settings.md5sums else MD5SUMS
     settings.data.mkdir(parents=True, exist_ok=True)
-    if not settings.md5sums:  # whose archive may have another size
+    if not settings.md5sums:  # a mirror's archive may have another size
         require_disk_space(settings.data)
     for name in MD5SUMS:
         obtain(settings, name, md5sums[name])
@@ -84,34 +77,26 @@ def read_md5sums(path):
     """Return {name: MD5} from a file as the program md5sum writes it; InputError if one of ours is missing."""
     lines = re.findall(r"^([0-9a-fA-F]{32}) [ *](\S+)$", path.read_text(errors="replace"), re.MULTILINE)
     md5sums = {name: md5.lower() for md5, name in lines}
-    missing = [name for name in MD5SUMS if name not in md5sums]
-    if missing:
-        raise InputError(f"{path} has no line 'MD5  name' for {', '.join(missing)}")
+    if missing := MD5SUMS.keys() - md5sums.keys():
+        raise InputError(f"{path} has no line 'MD5  name' for {', '.join(sorted(missing))}")
     return md5sums
 
 
 def require_disk_space(data):
-    """Raise InputError if the parts and the clips unpacked from them, which take as much again, will not fit."""
+    """Raise InputError if the archive and the clips unpacked from it will not fit."""
     there = [*data.glob("mp3.zip.00*"), *data.glob("?/*.mp3")]
-    needed = 2 * ARCHIVE_BYTES - sum(path.stat().st_size for path in there)
-    free = shutil.disk_usage(data).free
+    needed = 2 * 2.97 - sum(path.stat().st_size for path in there) / 1e9  # GB; the clips are as large as the archive
+    free = shutil.disk_usage(data).free / 1e9
     if needed > free:
-        raise InputError(
-            f"{data} has {free / 1e9:.3f} GB free, the archive and the clips in it need {needed / 1e9:.3f} GB more: "
-            "make room, or choose another folder with --data"
-        )
+        raise InputError(f"{data} has {free:.3f} GB free, {needed:.3f} are needed: make room or give another --data")
 
 
 def obtain(settings, name, md5):
-    """Bring one file into the data folder unless it is there.
-
-    Raises InputError if no host delivers, or if another file has its name: a person's, since ours get it when right.
-    """
+    """Bring one file into the data folder unless it is there; InputError if another has its name, or none delivers."""
     stored = settings.data / ("tags.csv" if name == "annotations_final.csv" else name)
     for path in (stored, settings.data / name):
         if path.exists():
-            found = digest(path)
-            if found != md5:
+            if (found := digest(path)) != md5:  # a person's: we give files their names when they are right
                 raise InputError(f"{path} has MD5 {found}, not {md5}: move it away, and it will be fetched anew")
             os.replace(path, stored)
             print(f"{stored}: already there")
@@ -120,13 +105,8 @@ def obtain(settings, name, md5):
 
 
 def digest(path):
-    """Return the MD5 of a file."""
-    md5, size = hashlib.md5(), path.stat().st_size
-    with open(path, "rb") as file, progress(desc=f"checking {path.name}", total=size, **IN_BYTES) as bar:
-        while chunk := file.read(CHUNK):
-            md5.update(chunk)
-            bar.update(len(chunk))
-    return md5.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 class Failure(Exception):
@@ -139,11 +119,19 @@ class Failure(Exception):
 
 def fetch(settings, name, path, md5):
     """Fetch `name` into `path` from the first host that delivers it. Raises InputError if none does."""
+    growing = tenacity.wait_exponential(multiplier=settings.pause)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Failure) and not error.final),
+        stop=tenacity.stop_after_attempt(settings.attempts),
+        wait=lambda state: min(max(growing(state), state.outcome.exception().pause), LONGEST_PAUSE),
+        before_sleep=lambda state: print(f"{state.outcome.exception()}; again in {state.next_action.sleep:.0f} s"),
+        reraise=True,
+    )
     reasons = []
     for host in settings.hosts:
         print(f"{path}: fetching {host + name}")
         try:
-            return retrying(settings)(download, host + name, path, md5, settings.timeout)
+            return retrying(download, host + name, path, md5, settings.timeout)
         except Failure as failure:
             reasons.append(f"{host}: {failure}")
     raise InputError(
@@ -152,104 +140,82 @@ def fetch(settings, name, path, md5):
     )
 
 
-def retrying(settings):
-    """Return a caller that repeats an attempt after a Failure; this is the only place where anything is repeated."""
-    growing = tenacity.wait_exponential(multiplier=settings.pause)
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Failure) and not error.final),
-        stop=tenacity.stop_after_attempt(settings.attempts),
-        wait=lambda state: min(max(growing(state), state.outcome.exception().pause), LONGEST_PAUSE),
-        before_sleep=lambda state: print(f"{state.outcome.exception()}; again in {state.next_action.sleep:.0f} s"),
-        reraise=True,
-    )
-
-
 def download(url, path, md5, timeout):
     """Make one attempt to complete `<path>.partial` and give it its name.
 
-    If it turns out to be another file it is thrown away, so that the next attempt starts from zero. Raises Failure,
-    or OSError if the disk is full.
+    Raises Failure, or OSError if the disk is full. A wrong file is thrown away: the next attempt starts from zero.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "ab") as file:
-            for position, chunk in receive(url, file.tell(), timeout):
-                if position == 0:
-                    file.truncate(0)
-                file.write(chunk)
-                file.flush()
-    except OSError as error:
-        error.filename = str(partial)  # a full disk does not say which file it had no room for
-        raise
-    found = digest(partial)
-    if found != md5:
-        size = partial.stat().st_size
-        partial.unlink()
-        raise Failure(f"{size} bytes of the wrong MD5 {found}")
-    os.replace(partial, path)
-
-
-def receive(url, offset, timeout):
-    """Yield (position, bytes) of the file at `url` from `offset` on, or from 0, since servers may ignore Range.
-
-    Raises Failure for whatever goes wrong. Whether it is the right file, its MD5 will tell.
-    """
-    headers = {"Accept-Encoding": "identity"}  # compressed on the way, a file has another length and other ranges
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-    try:
-        with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
-            if offset and response.status_code == 416:  # nothing beyond, as after a kill just before the renaming
-                return
-            require_file(response)
-            if response.status_code == 200:
-                offset = 0
-            length, name = response.raw.length_remaining, url.rpartition("/")[2]
-            total = None if length is None else offset + length
-            with progress(desc=f"fetching {name}", total=total, initial=offset, **IN_BYTES) as bar:
-                for chunk in response.iter_content(CHUNK):
-                    yield offset, chunk
-                    offset += len(chunk)
-                    bar.update(len(chunk))
+            receive(url, file, timeout)
     except Failure:
         raise
     except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
-        while error.__context__:  # they come in layers, with ConnectionRefusedError and the like at the bottom
-            error = error.__context__
+        if getattr(error, "errno", None):  # the disk's, without the file's name; those of requests have no number
+            error.filename = str(partial)
+            raise
         raise Failure(reason(error)) from error
+    if (found := digest(partial)) != md5:
+        partial.unlink()
+        raise Failure(f"wrong MD5 {found}")
+    os.replace(partial, path)
 
 
-def require_file(response):
-    """Raise Failure unless the body is a file or the rest of one; a web page would cost us the partial file."""
-    status, kind = response.status_code, response.headers.get("Content-Type", "")
-    if status in (200, 206) and "html" not in kind:
-        return
-    pause = 0
-    with contextlib.suppress(ValueError, OverflowError, urllib3.exceptions.InvalidHeader):  # such as the year 99999
-        pause = urllib3.Retry().get_retry_after(response.raw) or 0  # only parses: seconds, or a date
-    raise Failure(f"{status} {response.reason} {kind}".strip(), final=status in (403, 404, 410), pause=pause)
+def receive(url, file, timeout):
+    """Append to `file` what it lacks of the file at `url`. Whether that was the right one, its MD5 will tell."""
+    headers = {"Accept-Encoding": "identity"}  # compressed on the way, a file has another length and other ranges
+    if begun := file.tell():
+        headers["Range"] = f"bytes={begun}-"
+    with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
+        status, kind = response.status_code, response.headers.get("Content-Type", "")
+        if status == 416:  # nothing beyond, as after a kill just before the renaming
+            return
+        if status not in (200, 206) or "html" in kind:  # a web page would cost us the partial file
+            after = response.headers.get("Retry-After", "")  # seconds; or a date, which we ignore
+            pause = int(after) if after.isdecimal() else 0
+            raise Failure(f"{status} {response.reason} {kind}", final=status in (403, 404, 410), pause=pause)
+        if status == 200:  # the whole file: servers may ignore Range
+            begun = file.truncate(0)
+        total, name = begun + (response.raw.length_remaining or 0), url.rpartition("/")[2]
+        with progress(desc=f"fetching {name}", total=total, initial=begun, unit="B", unit_scale=True) as bar:
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                file.flush()
+                bar.update(len(chunk))
 
 
 def unpack(data):
     """Unpack the clips into `data`, keeping those that are there and whole.
 
-    Raises InputError if a member would land outside `data` (then nothing is written) or if the archive is damaged,
-    which right MD5 sums leave possible for a mirror's only.
+    Raises InputError if the archive is damaged or a member would land outside `data` (then nothing is written); right
+    MD5 sums leave that possible for a mirror's only.
     """
-    parts = JoinedParts([data / part for part in PARTS])
     try:
-        with zipfile.ZipFile(io.BufferedReader(parts, CHUNK)) as archive:
+        with zipfile.ZipFile(io.BufferedReader(JoinedParts([data / part for part in PARTS]), CHUNK)) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             for member in members:
                 check_member(member)
-            size = sum(member.file_size for member in members)
-            with progress(desc="unpacking", total=size, **IN_BYTES) as bar:
-                for member in members:
-                    extract(archive, member, data / member.filename)
-                    bar.update(member.file_size)
+            for member in progress(members, "unpacking", unit="clip"):
+                path = data / member.filename
+                if path.is_file() and zlib.crc32(path.read_bytes()) == member.CRC:
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, whole_file(path, durable=False) as target:
+                    shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # zipfile has them all
         raise InputError(f"{data / PARTS[0]} to .003 are a damaged archive ({error}): fetch them from elsewhere")
     print(f"{data}: {len(members)} clips unpacked; mp3.zip.001 to .003 may go")
+
+
+def check_member(member):
+    """Raise BadZipFile for a name outside the folder, and for damage that zipfile takes without a word."""
+    path = PureWindowsPath(member.filename)  # knows all that a Posix path does, and drives and backslashes
+    if not path.parts or path.anchor or ".." in path.parts:
+        raise zipfile.BadZipFile(f"{member.filename!r} would leave the folder")
+    known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not known or b"PK\1\2" in member.comment + member.extra:  # the next entry, swallowed by this one
+        raise zipfile.BadZipFile(f"the directory's entry for {member.filename!r}")
 
 
 class JoinedParts(io.RawIOBase):
@@ -262,8 +228,7 @@ class JoinedParts(io.RawIOBase):
     def readable(self):
         return True
 
-    def seekable(self):
-        return True
+    seekable = readable
 
     def seek(self, offset, whence=os.SEEK_SET):
         self.position = offset + (0, self.position, sum(self.sizes.values()))[whence]
@@ -282,25 +247,6 @@ class JoinedParts(io.RawIOBase):
                 return count
             offset -= size
         return 0
-
-
-def check_member(member):
-    """Raise InputError for a name outside the folder, BadZipFile for damage that zipfile takes without a word."""
-    path = PureWindowsPath(member.filename)  # knows all that a Posix path does, and drives and backslashes
-    if not path.parts or path.anchor or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
-        raise InputError(f"mp3.zip: {member.filename!r} would leave the data folder; nothing was unpacked")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile(f"{member.filename!r} is compressed by method {member.compress_type}")
-    if b"PK\1\2" in member.comment + member.extra:
-        raise zipfile.BadZipFile(f"its directory has lost the entries after {member.filename!r}")
-
-
-def extract(archive, member, path):
-    if path.is_file() and path.stat().st_size == member.file_size and zlib.crc32(path.read_bytes()) == member.CRC:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as source, whole_file(path, durable=False) as target:
-        shutil.copyfileobj(source, target, CHUNK)
 
 
 if __name__ == "__main__":

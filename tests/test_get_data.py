@@ -1,6 +1,5 @@
 """get_data.py as a person runs it, against a server that misbehaves in the ways servers do."""
 
-import email.utils
 import hashlib
 import io
 import os
@@ -10,7 +9,6 @@ import resource
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -37,8 +35,7 @@ def make_zip(members, compression=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            member = name if isinstance(name, zipfile.ZipInfo) else zipfile.ZipInfo(name)  # the same bytes at any time
-            archive.writestr(member, content, compression)
+            archive.writestr(zipfile.ZipInfo(name), content, compression)  # the same bytes at any time
     return buffer.getvalue()
 
 
@@ -246,11 +243,10 @@ def test_pause_that_the_host_asks_for(client, server):
     assert second - first >= 1
 
 
-@pytest.mark.parametrize("asked", ["86400", email.utils.formatdate(time.time() + 86400, usegmt=True)])
-def test_longest_pause(asked, monkeypatch, tmp_path, server):
+def test_longest_pause(monkeypatch, tmp_path, server):
     paused = []
     monkeypatch.setattr("tenacity.nap.time.sleep", paused.append)
-    server.tricks[PART] = [web.refuse(503, Retry_After=asked)] + [web.refuse(503)] * 8
+    server.tricks[PART] = [web.refuse(503, Retry_After=86400)] + [web.refuse(503)] * 8
     settings = get_data.Settings(data=tmp_path, hosts=(server.url,), attempts=10)
     get_data.fetch(settings, PART, tmp_path / PART, md5(FILE))
     assert paused == [60, 2, 4, 8, 16, 32, 60, 60, 60]
@@ -342,7 +338,7 @@ def test_ctrl_c(client, server):
 def test_disk_space(tmp_path, monkeypatch):
     """A disk with 1000 bytes too few suffices once 1000 are there."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=5_940_000_000 - 1000))
-    with pytest.raises(InputError, match="5.940 GB free.* need 5.940 GB"):
+    with pytest.raises(InputError, match="has 5.940 GB free, 5.940 are needed"):
         get_data.require_disk_space(tmp_path)
     (tmp_path / "0").mkdir()
     put(tmp_path, {f"{PART}.partial": bytes(500), "0/a.mp3": bytes(500)})
@@ -368,22 +364,14 @@ def test_unpacking_goes_on_after_a_kill(client, nobody):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def symlink(name):
-    member = zipfile.ZipInfo(name)
-    member.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return member
-
-
-@pytest.mark.parametrize(
-    "member", ["../x", "0/../../x", "/x", "C:/x", "C:x", "..\\x", "\\x", ".", symlink("0/link")], ids=str
-)
+@pytest.mark.parametrize("member", ["../x", "0/../../x", "/x", "C:/x", "C:x", "..\\x", "\\x", "."])
 def test_member_that_would_leave_the_folder(tmp_path, member):
     data = tmp_path / "data"
     data.mkdir()
     put(data, make_files(make_zip(CLIPS | {member: b"/etc"})))
     with pytest.raises(InputError) as error:
         get_data.unpack(data)
-    assert repr(getattr(member, "filename", member)) in str(error.value)
+    assert repr(member) in str(error.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["data", *FILES])
 
 
