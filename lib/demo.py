@@ -1,22 +1,14 @@
 """Render a small stand-in for MagnaTagATune: computer-played music in MagnaTagATune's layout and formats.
 
-A demo takes half a minute and 22 MB, and a network learns its tags from a hundred clips, so every script can be tried
-from end to end. Scores on it mean nothing.
-
 As in MagnaTagATune, clips are 29-second cuts of tracks, tracks belong to albums and albums to artists; an album
 lies in one folder but an artist may lie in two; and annotators have several names for one sound.
 """
 
 import csv
 import io
-import multiprocessing
-import os
-import signal
-import threading
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import soundfile
@@ -27,19 +19,17 @@ SAMPLE_RATE = 16000  # Hz
 N_SAMPLES = 464_640  # 29.04 s, which the encoder pads to MagnaTagATune's 809 frames of 576 samples
 MP3 = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT", compression_level=0.85)  # 32 kbit/s
 
+INFO_COLUMNS = "clip_id track_number title artist album url segmentStart segmentEnd original_url mp3_path".split()
 CUTS = (30, 59), (59, 88)  # the clips of each track: from, to, in seconds
 # One folder an album, in this order: the first three albums already reach the usual validation (c), test (d-f) and
 # training (0-b) folders, and two artists come to lie in both training and test.
 FOLDERS = "cf258be147ad0369"
-# All of MagnaTagATune's names for a sound, by the first, which is the name that merging leaves.
-SPELLINGS = {
-    names[0]: names
-    for names in (
-        ("guitar", "guitars"), ("harpsichord", "harpsicord"), ("flute", "flutes"), ("violin", "violins"),
-        ("string", "strings"), ("synth", "synthesizer"), ("bass",), ("drum", "drums"), ("no beat", "no drums"),
-        ("slow",), ("fast", "fast beat", "quick"), ("quiet", "silence"), ("loud",),
-    )
-}  # fmt: skip
+# All of MagnaTagATune's names for a sound; the first is the name that merging leaves.
+SPELLINGS = [
+    ("guitar", "guitars"), ("harpsichord", "harpsicord"), ("flute", "flutes"), ("violin", "violins"),
+    ("string", "strings"), ("synth", "synthesizer"), ("bass",), ("drum", "drums"), ("no beat", "no drums"),
+    ("slow",), ("fast", "fast beat", "quick"), ("quiet", "silence"), ("loud",),
+]  # fmt: skip
 
 SOLOISTS = ["guitar", "harpsichord", "flute", "violin", "string", "synth"]
 TEMPOS = {"slow": (44, 56), "moderate": (88, 104), "fast": (168, 192)}  # beats per minute, from and to
@@ -51,64 +41,34 @@ HARMONIC = np.arange(1.0, 30)  # 1 is the fundamental
 def render(folder, n_clips=192, seed=1337):
     """Render `n_clips` clips and their two tables into `folder`, keeping what an interrupted call left there.
 
-    The same `n_clips` and `seed` give the same files, byte for byte. Raises InputError for numbers out of range, if
-    `folder` holds anything else, and if a worker process is killed.
+    The same `n_clips` and `seed` give the same files, byte for byte. Raises InputError if `folder` holds anything else.
     """
-    if not (1 <= n_clips <= 100_000 and 0 <= seed <= 1e9):
-        raise InputError(f"a demo has 1 to 100,000 clips and a seed of 0 to 1e9, not {n_clips} and {seed}")
-    folder = Path(folder)
     claim(folder, n_clips, seed)
     clips = list_clips(n_clips, seed)
-    write_clips(folder, clips, seed)
-    write_table(folder / "clip_info_final.csv", clip_info(clips))
+    missing = [clip for clip in clips if not (folder / clip.path).exists()]
+    with ThreadPool() as pool:  # threads, because NumPy and the encoder release the interpreter's lock
+        written = pool.imap_unordered(partial(write_clip, folder, seed), missing)
+        for _ in progress(written, "rendering", len(missing), unit="clip"):
+            pass
+    origins = [[clip.number, *clip.origin, clip.path] for clip in clips]
+    write_table(folder / "clip_info_final.csv", [INFO_COLUMNS, *origins])
     write_table(folder / "tags.csv", annotations(clips, seed))  # last: where it is, everything is
 
 
 def claim(folder, n_clips, seed):
     """Mark `folder` as this demo's by SYNTHETIC.txt, or raise InputError if it is anything else's."""
-    marker = folder / "SYNTHETIC.txt"
     text = (
         f"Everything in this folder is computer-generated: {n_clips} clips by lib/demo.py, seed {seed}.\n"
         "It has MagnaTagATune's formats, but none of its music and none of its annotations.\n"
         "Scores on it say nothing about MagnaTagATune.\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    unexpected = sorted(path.name for path in folder.iterdir() if path.suffix != ".partial")
-    if unexpected and not marker.exists():
-        raise InputError(f"{folder} holds {unexpected[0]} and is no demo; choose an empty folder")
-    if marker.exists() and marker.read_text(encoding="utf-8") != text:
-        raise InputError(f"{folder} holds a demo of another seed, size or version; delete it and run again")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix != ".partial")
+    marker = folder / "SYNTHETIC.txt"
+    if others and not (marker.exists() and marker.read_text(encoding="utf-8") == text):
+        raise InputError(f"{folder} holds {others[0]} and is no demo of this size and seed: choose another or delete it")
     with whole_file(marker, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def write_clips(folder, clips, seed):
-    """Write the clips that are missing, on all cores."""
-    missing = [clip for clip in clips if not (folder / clip.path).exists()]
-    pool = ProcessPoolExecutor(initializer=end_with_parent)
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit this: Ctrl-C ends the parent
-        written = pool.map(partial(write_clip, folder, seed), missing)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        with progress(desc="rendering", total=len(clips), initial=len(clips) - len(missing), unit="clip") as bar:
-            for _ in written:
-                bar.update()
-    except BrokenExecutor:
-        raise InputError(f"{folder}: a worker was killed, likely out of memory; the same command goes on") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C here would leave workers waiting
-        pool.shutdown(cancel_futures=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def end_with_parent():
-    """Worker process: end when the parent has been killed; without this, a worker would wait for work for ever."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def write_clip(folder, seed, clip):
@@ -127,13 +87,8 @@ def write_table(path, rows):
 
 @dataclass(frozen=True)
 class Clip:
-    number: int  # clip_id, from 1
-    artist: str
-    album: str
-    track: str  # its number on the album, two digits
-    title: str
-    start: int  # seconds into the track
-    end: int
+    number: int  # from 1
+    origin: list  # its row in clip_info_final.csv between number and path
     path: str
     instruments: list[str]  # keys of INSTRUMENTS
     sounds: set[str]  # what there is to hear; those in SPELLINGS become tags
@@ -146,12 +101,11 @@ def list_clips(n_clips, seed):
     """Return the first `n_clips` clips of an endless catalogue of albums.
 
     The three tracks of an album share out all soloists, a bass, drums for one or two of them, all tempos and all
-    levels. So every tag is both present and absent on every album, and no folder lacks either.
+    levels. So every tag is both present and absent on every album.
     """
     rng = np.random.default_rng([seed, 1])
     clips = []
     for index in range(n_clips // 6 + 1):
-        folder = FOLDERS[index % len(FOLDERS)]
         artist, album = f"Synthetic Artist {index // 2 + 1}", f"Synthetic Album {index + 1}"
         bands = rng.permutation(SOLOISTS).reshape(3, -1).tolist()
         bands[rng.integers(3)].append("bass")
@@ -168,29 +122,25 @@ def list_clips(n_clips, seed):
             beat = int(SAMPLE_RATE * 60 / rng.uniform(*TEMPOS[tempo]))
             music = band, sounds, LEVELS[level], beat, rng.integers(12)
             for start, end in CUTS:
-                path = f"{folder}/{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")
-                clips.append(Clip(len(clips) + 1, artist, album, track, title, start, end, path, *music))
+                name = f"{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")
+                path = f"{FOLDERS[index % len(FOLDERS)]}/{name}"
+                origin = [track, title, artist, album, "", start, end, ""]  # with no address on the web
+                clips.append(Clip(len(clips) + 1, origin, path, *music))
     return clips[:n_clips]
 
 
-def clip_info(clips):
-    """Yield the rows of clip_info_final.csv; nothing here has an address on the web."""
-    yield "clip_id track_number title artist album url segmentStart segmentEnd original_url mp3_path".split()
-    for clip in clips:
-        yield clip.number, clip.track, clip.title, clip.artist, clip.album, "", clip.start, clip.end, "", clip.path
-
-
 def annotations(clips, seed):
-    """Yield the rows of tags.csv: for each sound in a clip, annotators use one or more of its names."""
-    tags = [tag for spellings in SPELLINGS.values() for tag in spellings]
-    yield ["clip_id", *tags, "mp3_path"]
+    """Return the rows of tags.csv: for each sound in a clip, annotators use one or more of its names."""
+    tags = sum(SPELLINGS, ())
+    rows = [["clip_id", *tags, "mp3_path"]]
     rng = np.random.default_rng([seed, 2])
     for clip in clips:
         used = set()
-        for sound, spellings in SPELLINGS.items():
-            if sound in clip.sounds:
-                used.update(rng.choice(spellings, rng.integers(1, len(spellings) + 1), replace=False))
-        yield [clip.number, *(int(tag in used) for tag in tags), clip.path]
+        for names in SPELLINGS:
+            if names[0] in clip.sounds:
+                used.update(rng.choice(names, rng.integers(1, len(names) + 1), replace=False))
+        rows.append([clip.number, *(int(tag in used) for tag in tags), clip.path])
+    return rows
 
 
 def play(clip, seed):

@@ -1,8 +1,6 @@
 """lib/demo.py: MagnaTagATune's formats to the letter, repeatable files, and tags that can be heard."""
 
-import contextlib
 import csv
-import gzip
 import os
 import re
 import signal
@@ -39,14 +37,21 @@ def rows_of(path):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def sound_of(folder, row):
-    return soundfile.read(folder / row["mp3_path"])[0]
+@pytest.fixture(scope="module")
+def rows(rendered):
+    """The rows of tags.csv."""
+    return rows_of(rendered / "tags.csv")
 
 
-def test_nothing_but_the_tables_the_marker_and_the_clips(rendered):
-    clips = [row["mp3_path"] for row in rows_of(rendered / "tags.csv")]
-    assert len(set(clips)) == N_CLIPS
-    assert sorted(contents(rendered)) == sorted(["SYNTHETIC.txt", "clip_info_final.csv", "tags.csv", *clips])
+@pytest.fixture(scope="module")
+def sounds(rendered, rows):
+    return [soundfile.read(rendered / row["mp3_path"])[0] for row in rows]
+
+
+def test_nothing_but_the_tables_the_marker_and_the_clips(rendered, rows):
+    clips = {row["mp3_path"] for row in rows}
+    assert len(clips) == N_CLIPS
+    assert contents(rendered).keys() == {"SYNTHETIC.txt", "clip_info_final.csv", "tags.csv", *clips}
     marker = (rendered / "SYNTHETIC.txt").read_text()
     assert f"{N_CLIPS} clips" in marker and f"seed {SEED}" in marker
 
@@ -60,12 +65,12 @@ def test_tables_are_written_as_magnatagatunes(rendered, table):
         assert re.fullmatch(r'"[^"\t\n]*"(\t"[^"\t\n]*")*', line) and line.count("\t") == n_columns - 1
 
 
-def test_columns(rendered):
-    header, *_, last_column = rows_of(rendered / "tags.csv")[0]
-    assert (header, last_column) == ("clip_id", "mp3_path")
-    annotations, info = rows_of(rendered / "tags.csv"), rows_of(rendered / "clip_info_final.csv")
+def test_columns(rendered, rows):
+    first_column, *_, last_column = rows[0]
+    assert (first_column, last_column) == ("clip_id", "mp3_path")
+    info = rows_of(rendered / "clip_info_final.csv")
     assert list(info[0]) == INFO_COLUMNS
-    for annotation, origin in zip(annotations, info, strict=True):
+    for annotation, origin in zip(rows, info, strict=True):
         assert (annotation["clip_id"], annotation["mp3_path"]) == (origin["clip_id"], origin["mp3_path"])
         assert set(list(annotation.values())[1:-1]) == {"0", "1"}
         name = f"-{origin['track_number']}-.*-{origin['segmentStart']}-{origin['segmentEnd']}.mp3"
@@ -73,18 +78,13 @@ def test_columns(rendered):
         assert int(origin["segmentEnd"]) - int(origin["segmentStart"]) == 29
 
 
-def test_columns_are_those_of_the_real_tables(shared, rendered):
-    def header(file):
-        return next(csv.reader(file, delimiter="\t"))
-
-    with gzip.open(shared / "mtat" / "clip_info_final.csv.gz", "rt") as file:
-        assert header(file) == INFO_COLUMNS
-    with gzip.open(shared / "mtat" / "annotations_final.csv.gz", "rt") as file:
-        assert set(rows_of(rendered / "tags.csv")[0]) <= set(header(file))
+def test_columns_are_those_of_the_real_tables(real_tables, rows):
+    assert list(rows_of(real_tables / "clip_info_final.csv")[0]) == INFO_COLUMNS
+    assert rows[0].keys() <= rows_of(real_tables / "tags.csv")[0].keys()
 
 
-def test_mp3s_are_encoded_as_magnatagatunes(rendered):
-    for row in rows_of(rendered / "tags.csv"):
+def test_mp3s_are_encoded_as_magnatagatunes(rendered, rows):
+    for row in rows:
         mp3 = (rendered / row["mp3_path"]).read_bytes()
         frames = [mp3[start : start + 144] for start in range(0, len(mp3), 144)]
         assert len(frames) == 809 and len(frames[-1]) == 144
@@ -95,49 +95,34 @@ def test_mp3s_are_encoded_as_magnatagatunes(rendered):
         assert (decoded.shape, rate) == ((465_984,), 16000)  # as the real clips: 628 frames at 11,025 Hz
 
 
-def kill_worker(parent, _):
-    workers = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(workers[0]), signal.SIGKILL)
-
-
-def press_ctrl_c_twice(parent, pipe):
-    for _ in range(2):
-        os.killpg(parent, signal.SIGINT)
-        time.sleep(0.3)
-    pipe.read_bytes()
-
-
 @pytest.mark.parametrize(
     "stop, status, line",
     [
-        (kill_worker, 1, "error: {}: a worker was killed, likely out of memory; the same command goes on\n"),
-        (lambda parent, _: os.kill(parent, signal.SIGKILL), -signal.SIGKILL, ""),
-        (press_ctrl_c_twice, 130, "\ninterrupted; the same command goes on from here\n"),
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGINT, 130, "\ninterrupted; the same command goes on from here\n"),
     ],
-    ids=["worker killed", "parent killed", "Ctrl-C twice"],
 )
 def test_goes_on_to_the_same_bytes(rendered, run_script, tmp_path, stop, status, line):
-    """A pipe in the last clip's place holds a worker there."""
+    """A pipe in the last clip's place holds a thread there."""
     folder = tmp_path / "demo"
     demo.claim(folder, N_CLIPS, SEED)
     pipe = folder / f"{demo.list_clips(N_CLIPS, SEED)[-1].path}.partial"
     pipe.parent.mkdir()
     os.mkfifo(pipe)
     command = f"get_data.py --demo --data {tmp_path} --demo-clips {N_CLIPS} --demo-seed {SEED}".split()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while len(kept := list(folder.rglob("*.mp3"))) < N_CLIPS - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
-        stop(process.pid, pipe)
-        _, told = process.communicate(timeout=20)  # until the workers, too, have closed stderr
+        process.send_signal(stop)
+        _, told = process.communicate(timeout=20)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert (process.returncode, told.decode()) == (status, line.format(folder))
+        process.kill()
+    assert (process.returncode, told) == (status, line)
     assert kept and not (folder / "tags.csv").exists()
     written = kept[0].stat().st_mtime_ns
-    pipe.unlink(missing_ok=True)
+    pipe.unlink()
     assert run_script(*command).stdout == f"next: python gen_spectrograms.py --data {folder}\n"
     assert kept[0].stat().st_mtime_ns == written
     assert contents(folder) == contents(rendered)
@@ -152,17 +137,13 @@ def test_seeds_differ():
 def test_refusals(rendered, tmp_path):
     before = contents(rendered)
     for other in ((N_CLIPS, SEED + 1), (N_CLIPS + 1, SEED)):
-        with pytest.raises(InputError, match=f"^{re.escape(str(rendered))} .*delete it"):
+        with pytest.raises(InputError, match=f"^{re.escape(str(rendered))} .*delete"):
             demo.render(rendered, *other)
     assert contents(rendered) == before
     (tmp_path / "tags.csv").write_text("real")
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))} holds tags.csv .*choose"):
         demo.render(tmp_path, N_CLIPS, SEED)
     assert contents(tmp_path) == {"tags.csv": b"real"}
-    for impossible in ((0, SEED), (100_001, SEED), (float("nan"), SEED), (N_CLIPS, -1), (N_CLIPS, 10**10)):
-        with pytest.raises(InputError, match="1 to 100,000 clips"):
-            demo.render(tmp_path / "new", *impossible)
-    assert not (tmp_path / "new").exists()
 
 
 def test_catalogue_has_magnatagatunes_structure():
@@ -176,52 +157,52 @@ def test_catalogue_has_magnatagatunes_structure():
     assert {part(clip) for clip in clips[:18]} == {"training", "validation", "test"}
     folders_of_album, parts_of_artist, cuts_of_track = defaultdict(set), defaultdict(set), defaultdict(set)
     for clip in clips:
-        folders_of_album[clip.artist, clip.album].add(clip.path[0])
-        parts_of_artist[clip.artist].add(part(clip))
-        cuts_of_track[clip.artist, clip.album, clip.track].add(clip.start)
+        track, _title, artist, album, _url, start, *_ = clip.origin
+        folders_of_album[artist, album].add(clip.path[0])
+        parts_of_artist[artist].add(part(clip))
+        cuts_of_track[artist, album, track].add(start)
     assert all(len(folders) == 1 for folders in folders_of_album.values())
     assert all(len(cuts) == 2 for cuts in cuts_of_track.values())
     assert any({"training", "test"} <= parts for parts in parts_of_artist.values())
 
 
-def test_annotators_use_every_spelling_of_what_is_heard_and_none_of_what_is_not(tmp_path):
+def test_annotators_use_every_spelling_of_what_is_heard_and_none_of_what_is_not():
     clips = demo.list_clips(192, SEED)
-    demo.write_table(tmp_path / "tags.csv", demo.annotations(clips, SEED))
-    rows = rows_of(tmp_path / "tags.csv")
-    for sound, spellings in demo.SPELLINGS.items():
-        used = [tuple(tag for tag in spellings if row[tag] == "1") for row in rows]
-        assert [bool(names) for names in used] == [sound in clip.sounds for clip in clips]
+    header, *rows = demo.annotations(clips, SEED)
+    for spellings in demo.SPELLINGS:
+        used = [tuple(tag for tag in spellings if row[header.index(tag)]) for row in rows]
+        assert [bool(names) for names in used] == [spellings[0] in clip.sounds for clip in clips]
         assert 0.15 < np.mean([bool(names) for names in used]) < 0.65
         assert {(tag,) for tag in spellings} | {spellings} <= set(used)  # each alone, and all at once
 
 
 def test_spellings_are_the_papers_synonyms():
-    several = {spellings for spellings in demo.SPELLINGS.values() if len(spellings) > 1}
+    several = {spellings for spellings in demo.SPELLINGS if len(spellings) > 1}
     assert len(several) == 10 and several <= set(tags.SYNONYMS)
 
 
 def test_every_album_has_every_tag_and_its_opposite():
     for start in range(0, 192, N_CLIPS):
         album = demo.list_clips(192, SEED)[start : start + N_CLIPS]
-        for sound in demo.SPELLINGS:
+        for sound, *_ in demo.SPELLINGS:
             assert {sound in clip.sounds for clip in album} == {True, False}
         assert not any({"slow", "fast"} <= clip.sounds for clip in album)
         assert not any({"quiet", "loud"} <= clip.sounds for clip in album)
 
 
-def test_loud_is_louder_than_quiet(rendered):
-    decibels = {"loud": [], "quiet": [], "neither": []}
-    for row in rows_of(rendered / "tags.csv"):
+def test_loud_is_louder_than_quiet(rows, sounds):
+    decibels = defaultdict(list)
+    for row, sound in zip(rows, sounds):
         loudness = "loud" if row["loud"] == "1" else "quiet" if "1" in (row["quiet"], row["silence"]) else "neither"
-        decibels[loudness].append(10 * np.log10(np.mean(sound_of(rendered, row) ** 2)))
+        decibels[loudness].append(10 * np.log10(np.mean(sound**2)))
     assert min(decibels["loud"]) > max(decibels["neither"]) + 7 > max(decibels["quiet"]) + 14
 
 
-def test_drums_are_heard(rendered):
+def test_drums_are_heard(rows, sounds):
     """Only a kick makes sudden rises below 60 Hz."""
     onsets = {True: [], False: []}
-    for row in rows_of(rendered / "tags.csv"):
-        frames = sound_of(rendered, row)[: 455 * 1024].reshape(455, 1024)  # of 64 ms
+    for row, sound in zip(rows, sounds):
+        frames = sound[: 455 * 1024].reshape(455, 1024)  # of 64 ms
         low = np.abs(np.fft.rfft(frames * np.hanning(1024)))[:, 1:4]  # 16 to 47 Hz, and the window's skirts
         rises = np.diff(low.sum(axis=1)).clip(0)
         onsets["1" in (row["drum"], row["drums"])].append(rises.sum() / np.abs(frames).sum())
