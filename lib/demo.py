@@ -66,7 +66,7 @@ def claim(folder, n_clips, seed):
     others = sorted(path.name for path in folder.iterdir() if path.suffix != ".partial")
     marker = folder / "SYNTHETIC.txt"
     if others and not (marker.exists() and marker.read_text(encoding="utf-8") == text):
-        raise InputError(f"{folder} holds {others[0]} and is no demo of this size and seed: choose another or delete it")
+        raise InputError(f"{folder} holds {others[0]}, no demo of this size and seed: choose another or delete it")
     with whole_file(marker, "w", encoding="utf-8") as file:
         file.write(text)
 
