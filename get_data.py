@@ -174,7 +174,7 @@ def receive(url, file, timeout):
         if status not in (200, 206) or "html" in kind:  # a web page would cost us the partial file
             after = response.headers.get("Retry-After", "")  # seconds; or a date, which we ignore
             pause = int(after) if after.isdecimal() else 0
-            raise Failure(f"{status} {response.reason} {kind}", final=status in (403, 404, 410), pause=pause)
+            raise Failure(f"{status} {response.reason} {kind}".strip(), status in (403, 404, 410), pause)
         if status == 200:  # the whole file: servers may ignore Range
             begun = file.truncate(0)
         total, name = begun + (response.raw.length_remaining or 0), url.rpartition("/")[2]

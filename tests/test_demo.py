@@ -141,7 +141,7 @@ def test_refusals(rendered, tmp_path):
             demo.render(rendered, *other)
     assert contents(rendered) == before
     (tmp_path / "tags.csv").write_text("real")
-    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))} holds tags.csv .*choose"):
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))} holds tags.csv, .*choose"):
         demo.render(tmp_path, N_CLIPS, SEED)
     assert contents(tmp_path) == {"tags.csv": b"real"}
 
@@ -149,20 +149,18 @@ def test_refusals(rendered, tmp_path):
 def test_catalogue_has_magnatagatunes_structure():
     clips = demo.list_clips(192, SEED)
     assert len({clip.path for clip in clips}) == 192
-
-    def part(clip):
-        return "validation" if clip.path[0] == "c" else "test" if clip.path[0] in "def" else "training"
-
-    assert Counter(map(part, clips)) == {"training": 144, "validation": 12, "test": 36}
-    assert {part(clip) for clip in clips[:18]} == {"training", "validation", "test"}
+    part_of_folder = {"c": "validation"} | dict.fromkeys("def", "test") | dict.fromkeys("0123456789ab", "training")
+    parts = [part_of_folder[clip.path[0]] for clip in clips]
+    assert Counter(parts) == {"training": 144, "validation": 12, "test": 36}
+    assert len(set(parts[:18])) == 3
     folders_of_album, parts_of_artist, cuts_of_track = defaultdict(set), defaultdict(set), defaultdict(set)
-    for clip in clips:
+    for clip, part in zip(clips, parts):
         track, _title, artist, album, _url, start, *_ = clip.origin
         folders_of_album[artist, album].add(clip.path[0])
-        parts_of_artist[artist].add(part(clip))
+        parts_of_artist[artist].add(part)
         cuts_of_track[artist, album, track].add(start)
-    assert all(len(folders) == 1 for folders in folders_of_album.values())
-    assert all(len(cuts) == 2 for cuts in cuts_of_track.values())
+    assert {len(folders) for folders in folders_of_album.values()} == {1}
+    assert {len(cuts) for cuts in cuts_of_track.values()} == {2}
     assert any({"training", "test"} <= parts for parts in parts_of_artist.values())
 
 
