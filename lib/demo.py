@@ -106,6 +106,7 @@ def list_clips(n_clips, seed):
     rng = np.random.default_rng([seed, 1])
     clips = []
     for index in range(n_clips // 6 + 1):
+        folder = FOLDERS[index % len(FOLDERS)]
         artist, album = f"Synthetic Artist {index // 2 + 1}", f"Synthetic Album {index + 1}"
         bands = rng.permutation(SOLOISTS).reshape(3, -1).tolist()
         bands[rng.integers(3)].append("bass")
@@ -122,25 +123,23 @@ def list_clips(n_clips, seed):
             beat = int(SAMPLE_RATE * 60 / rng.uniform(*TEMPOS[tempo]))
             music = band, sounds, LEVELS[level], beat, rng.integers(12)
             for start, end in CUTS:
-                name = f"{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")
-                path = f"{FOLDERS[index % len(FOLDERS)]}/{name}"
+                path = f"{folder}/{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")
                 origin = [track, title, artist, album, "", start, end, ""]  # with no address on the web
                 clips.append(Clip(len(clips) + 1, origin, path, *music))
     return clips[:n_clips]
 
 
 def annotations(clips, seed):
-    """Return the rows of tags.csv: for each sound in a clip, annotators use one or more of its names."""
+    """Yield the rows of tags.csv: for each sound in a clip, annotators use one or more of its names."""
     tags = sum(SPELLINGS, ())
-    rows = [["clip_id", *tags, "mp3_path"]]
+    yield ["clip_id", *tags, "mp3_path"]
     rng = np.random.default_rng([seed, 2])
     for clip in clips:
         used = set()
         for names in SPELLINGS:
             if names[0] in clip.sounds:
                 used.update(rng.choice(names, rng.integers(1, len(names) + 1), replace=False))
-        rows.append([clip.number, *(int(tag in used) for tag in tags), clip.path])
-    return rows
+        yield [clip.number, *(int(tag in used) for tag in tags), clip.path]
 
 
 def play(clip, seed):
