@@ -4,141 +4,117 @@ Each function writes one picture and returns its matplotlib Figure. The same dat
 display is needed. Colours are Okabe and Ito's, or change in lightness, and nothing is told by colour alone.
 """
 
+import contextlib
 import textwrap
 import warnings
 
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from lib.audio import HOP_LENGTH, SAMPLE_RATE
 from lib.common import whole_file
-from lib.scores import format_score
+from lib.scores import format_score, macro
 
 STYLE = {
-    "savefig.dpi": 100,
     "savefig.bbox": "tight",
-    "image.interpolation": "nearest",
-    "legend.edgecolor": "none",
     "font.size": 9,
-    "axes.titlesize": 9,
-    "figure.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "text.parse_math": False,  # a dollar sign in a file's name begins no formula
 }
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
-NEGATIVE = -0.1  # correlations below this are marked, because in grey they look like positive ones
-DYNAMIC_RANGE = 80  # dB that a spectrogram's colours span
-LOUDNESS = matplotlib.colormaps["magma"].resampled(20)  # colours, 4 dB each: 256 nearly double the file
-MAX_COLUMNS = 600  # of a spectrogram's picture: about one for a pixel
-
-styled = matplotlib.style.context(["default", STYLE])  # whatever the reader's own matplotlibrc says
 
 
-@styled
+@contextlib.contextmanager
+def _picture(path, title, width, height, synthetic):
+    """Yield a figure to fill, `width` x `height` inches, and write it; its title says if the data are synthetic."""
+    with matplotlib.style.context(["default", STYLE]):  # whatever the reader's own matplotlibrc says
+        figure = Figure(figsize=(width, height), layout="compressed")
+        figure.suptitle(textwrap.fill(f"{title} (synthetic demo data)" if synthetic else title, int(12 * width)))
+        yield figure
+        with whole_file(path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for letters that no font has
+            figure.savefig(file, format="png", metadata={"Software": None})
+
+
 def training_curves(path, history, synthetic=False):
-    """Draw the loss and the validation score over the epochs, the learning rate's steps and the chosen epoch.
+    """Draw the loss, the validation score and the learning rate over the epochs, and mark the chosen epoch.
 
-    `history` has a dict for each epoch: "epoch" (0 is before training), "learning_rate", "loss" (nats; None for
-    epoch 0), "validation_roc_auc" (None or NaN where undefined) and "best": the last best epoch is the chosen one.
+    `history` has a dict for each epoch from 0, which is before training: "epoch", "learning_rate", "loss" (nats; None
+    for epoch 0), "validation_roc_auc" (None where undefined) and "best": the last best epoch is the chosen one.
     """
-    epochs = np.array([row["epoch"] for row in history])
-    losses = np.array([row["loss"] for row in history], dtype=float)
-    scores = np.array([row["validation_roc_auc"] for row in history], dtype=float)
-    figure = _figure("Training", synthetic, 6.4, 4.6)
-    loss_axes, score_axes = figure.subplots(2, sharex=True)
-    loss_axes.plot(epochs, losses, "s-", color=GREY, markersize=3)
-    loss_axes.set_ylabel("training loss (nats)")
-    score_axes.plot(epochs, np.where(epochs > 0, scores, np.nan), "o-", color=BLUE, markersize=3)
-    if epochs[0] == 0 and np.isfinite(scores[0]):  # only in words: an axis from there would dwarf the rest
-        score_axes.plot([], [], " ", label=f"before training: {format_score(scores[0])}")
-    chosen = max(index for index, row in enumerate(history) if row["best"])
-    label = f"chosen: epoch {epochs[chosen]}, ROC-AUC {format_score(scores[chosen])}"
-    score_axes.plot(epochs[chosen], scores[chosen], "*", color=VERMILLION, markersize=13, mec="black", label=label)
-    score_axes.legend(reverse=True)
-    score_axes.set(ylabel="validation ROC-AUC", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ymargin=0.1)
-    score_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _mark_learning_rates(loss_axes, score_axes, [row for row in history if row["epoch"] > 0])
-    return _save(figure, path)
+    names = ("epoch", "loss", "validation_roc_auc", "learning_rate")
+    epochs, losses, scores, rates = (np.array([row[name] for row in history], dtype=float) for name in names)
+    chosen = max(row["epoch"] for row in history if row["best"])
+    with _picture(path, "Training", 6.4, 5.6, synthetic) as figure:
+        loss_axes, score_axes, rate_axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
+        loss_axes.plot(epochs, losses, "s-", color=GREY, markersize=3)
+        loss_axes.set_ylabel("training loss (nats)")
+        score_axes.plot(epochs[1:], scores[1:], "o-", color=BLUE, markersize=3)  # epoch 0's would dwarf the rest
+        score_axes.plot(chosen, scores[chosen], "*", color=VERMILLION, markersize=13, mec="black")
+        title = f"before training: {format_score(scores[0])}; chosen (star): epoch {chosen}, ROC-AUC "
+        score_axes.set(ylabel="validation ROC-AUC", title=title + format_score(scores[chosen]))
+        rate_axes.step(epochs, rates, where="mid", color=GREY)
+        rate_axes.set(ylabel="learning rate", yscale="log", xlabel="epoch", xlim=(-0.5, epochs[-1] + 0.5))
+        rate_axes.set_yticks(np.unique(rates), [f"{rate:g}" for rate in np.unique(rates)])
+        rate_axes.minorticks_off()
+        rate_axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    return figure
 
 
-def _mark_learning_rates(top, bottom, trained):
-    """Write the learning rates above the panels, with a line through both where the rate changes."""
-    top.text(-0.01, 1.05, "learning rate", transform=top.transAxes, ha="right", color=GREY)
-    firsts = [row for i, row in enumerate(trained) if i == 0 or row["learning_rate"] != trained[i - 1]["learning_rate"]]
-    for row in firsts:
-        top.text(row["epoch"] - 0.5, 1.05, f"{row['learning_rate']:g}", transform=top.get_xaxis_transform(), color=GREY)
-    for axes in (top, bottom):
-        for row in firsts[1:]:
-            axes.axvline(row["epoch"] - 0.5, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
-
-
-@styled
-def per_tag_roc_auc(path, rows, synthetic=False, interval="95% interval"):
-    """Draw each tag's score with its interval, best first, and beside it how common the tag is.
+def per_tag_roc_auc(path, rows, synthetic=False):
+    """Draw each tag's score with its 95% interval, best first, and beside it how common the tag is.
 
     `rows` has a dict for each tag: "tag", "prevalence" (0 to 1), "roc_auc", "roc_auc_low" and "roc_auc_high", the
-    last three NaN where the clips are all positive or all negative. `interval` says what low and high are.
+    last three NaN where the clips are all positive or all negative.
     """
     rows = sorted(rows, key=lambda row: (np.isnan(row["roc_auc"]), -np.nan_to_num(row["roc_auc"]), row["tag"]))
-    figure = _figure("ROC-AUC of each tag", synthetic, 6.4, 1.2 + 0.17 * len(rows))
-    score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    score_axes.set(yticks=range(len(rows)), yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
-    for axes in (score_axes, bar_axes):
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", color="0.9")
-    _dots_and_intervals(score_axes, rows, interval)
-    bar_axes.barh(range(len(rows)), [100 * row["prevalence"] for row in rows], height=0.6, color="0.6")
-    bar_axes.set_xlabel("prevalence\n(% of clips)")
-    return _save(figure, path)
+    names = ("roc_auc", "roc_auc_low", "roc_auc_high", "prevalence")
+    scores, low, high, prevalence = np.array([[row[name] for row in rows] for name in names])
+    places = np.arange(len(rows))
+    with _picture(path, "ROC-AUC of each tag", 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
+        score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+        score_axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
+        score_axes.plot(scores, places, "o", color=BLUE, markersize=4)
+        score_axes.axvline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
+        mean = macro(scores)
+        score_axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1, label=f"mean {format_score(mean)}")
+        for place in places[np.isnan(scores)]:
+            score_axes.text(0.51, place, "one class only", va="center", style="italic", color=GREY)
+        score_axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+        score_axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
+        score_axes.set(xlabel="ROC-AUC and its 95% interval", xlim=(None, 1.01))
+        bar_axes.barh(places, 100 * prevalence, height=0.6, color="0.6", zorder=2)
+        bar_axes.set_xlabel("prevalence\n(% of clips)")
+        score_axes.grid(axis="y", color="0.9")
+        bar_axes.grid(axis="y", color="0.9")
+    return figure
 
 
-def _dots_and_intervals(axes, rows, interval):
-    scores, low, high = np.array([[row[key] for row in rows] for key in ("roc_auc", "roc_auc_low", "roc_auc_high")])
-    places, defined = np.arange(len(rows)), np.isfinite(scores)
-    axes.hlines(places[defined], low[defined], high[defined], color=BLUE, linewidth=1.5)
-    axes.plot(scores[defined], places[defined], "o", color=BLUE, markersize=4)
-    for place in places[~defined]:
-        axes.text(0.51, place, "one class only", va="center", style="italic", color=GREY)
-    lines = [(0.5, "chance", ":", "black")]
-    if defined.any():
-        mean = scores[defined].mean()
-        lines.append((mean, f"mean {mean:.3f}", "--", VERMILLION))
-    for (x, label, style, colour), side in zip(sorted(lines), ("right", "left")):  # labels that stay apart
-        axes.axvline(x, color=colour, linestyle=style, linewidth=1, zorder=1)
-        axes.text(x, 1.01, f" {label} ", transform=axes.get_xaxis_transform(), ha=side, color=colour)
-    lowest = np.nanmin([*scores, *low, 0.47])
-    axes.set(xlabel=f"ROC-AUC and its {interval}", xlim=(lowest - 0.02, 1.01))
-
-
-@styled
 def tag_differences(path, rows, title, synthetic=False):
     """Draw by how much the ROC-AUC of each tag differs between two networks, with its interval, the largest first.
 
     `rows` are like those of `per_tag_roc_auc`, of differences.
     """
     rows = sorted((row for row in rows if np.isfinite(row["roc_auc"])), key=lambda row: -row["roc_auc"])
-    value, low, high = np.array([[row[key] for row in rows] for key in ("roc_auc", "roc_auc_low", "roc_auc_high")])
-    places = np.arange(len(rows))
-    figure = _figure(title, synthetic, 6.4, 1.2 + 0.17 * len(rows))
-    axes = figure.subplots()
-    axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
-    axes.grid(axis="y", color="0.9")
-    axes.axvline(0, color="black", linestyle=":", linewidth=1)
-    axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
-    clear = (low > 0) | (high < 0)
-    axes.plot(value[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
-    axes.plot(value[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # above the axes, where no interval reaches
-    axes.set_xlabel("difference of ROC-AUC and its 95% interval")
-    return _save(figure, path)
+    names = ("roc_auc", "roc_auc_low", "roc_auc_high")
+    values, low, high = np.array([[row[name] for row in rows] for name in names])
+    places, clear = np.arange(len(rows)), (low > 0) | (high < 0)
+    with _picture(path, title, 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color="black", linestyle=":", linewidth=1)
+        axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
+        axes.plot(values[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
+        axes.plot(values[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+        axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
+        axes.set_xlabel("difference of ROC-AUC and its 95% interval")
+        axes.grid(axis="y", color="0.9")
+    return figure
 
 
-@styled
 def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
     """Draw how tags go together in the annotations and in the predictions, both (clips, tags), similar ones adjacent.
 
@@ -147,84 +123,58 @@ def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
     panels = {"annotations": _correlations(labels), "predictions": _correlations(probabilities)}
     distances = 1 - panels["annotations"][np.triu_indices(len(tag_names), 1)]
     order = leaves_list(linkage(distances, "average", optimal_ordering=True)) if len(distances) else [0]
-    names = [tag_names[tag] for tag in order]
+    places, names = range(len(order)), [tag_names[tag] for tag in order]
     side = max(2.6, 0.105 * len(names))
-    figure = _figure("Correlation between tags", synthetic, 2 * side + 2.2, side + 1.5, layout="compressed")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, (title, correlations) in zip(both, panels.items()):
-        ordered = correlations[np.ix_(order, order)]
-        image = axes.imshow(ordered, cmap=matplotlib.colormaps["PuOr"].resampled(41), vmin=-1, vmax=1)
-        axes.plot(*np.nonzero(ordered < NEGATIVE), "_", color="black", markersize=3, markeredgewidth=0.6)
-        axes.set(title=title, yticks=range(len(names)), yticklabels=names)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.tick_params(length=0, labelsize=9 if len(names) <= 20 else 6.5)
-    figure.colorbar(image, ax=both, shrink=0.7, pad=0.02, label=f"Pearson correlation (dash: below {NEGATIVE})")
-    return _save(figure, path)
+    with _picture(path, "Correlation between tags", 2 * side + 2.2, side + 1.5, synthetic) as figure:
+        both = figure.subplots(1, 2, sharey=True)
+        for axes, (title, correlations) in zip(both, panels.items()):
+            ordered = correlations[np.ix_(order, order)]
+            image = axes.imshow(ordered, "PuOr", vmin=-1, vmax=1, interpolation="nearest")
+            axes.plot(*np.nonzero(ordered < -0.1), "_", color="black", markersize=3)  # in grey, they look positive
+            axes.set(title=title, xticks=places, yticks=places, yticklabels=names)
+            axes.set_xticklabels(names, rotation=90)
+            axes.tick_params(length=0, labelsize=7)
+        figure.colorbar(image, ax=both, shrink=0.7, pad=0.02, label="Pearson correlation (dash: below -0.1)")
+    return figure
 
 
 def _correlations(columns):
     """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 1 on the diagonal, never NaN."""
-    centred = columns - np.mean(columns, axis=0, dtype=np.float64)
-    centred[:, np.ptp(columns, axis=0) == 0] = 0  # exactly: the mean of equal numbers may be a rounding error off
-    lengths = np.linalg.norm(centred, axis=0)
-    correlations = centred.T @ centred / np.maximum(np.outer(lengths, lengths), np.finfo(float).tiny)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlations = np.atleast_2d(np.corrcoef(columns, rowvar=False))
+    constant = np.ptp(columns, axis=0) == 0  # for which corrcoef gives NaN, or what rounding errors make
+    correlations[constant] = correlations[:, constant] = 0
     np.fill_diagonal(correlations, 1)
-    return np.clip(correlations, -1, 1)  # linkage refuses a negative distance
+    return correlations
 
 
-@styled
-def taggram(path, log_mel, tag_names, times, probabilities, title, synthetic=False):
-    """Draw a recording's spectrogram and, below it, the tags over the same time, likeliest first.
+def taggram(path, log_mel, tag_names, times, probabilities, title, n_tags=None, synthetic=False):
+    """Draw a recording's spectrogram and, below it, its `n_tags` likeliest tags over the same time, likeliest first.
 
     `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
     in seconds, `probabilities` (windows, tags). Each moment shows the window whose centre is nearest.
     """
-    times, probabilities = np.asarray(times), np.asarray(probabilities)
-    duration = log_mel.shape[1] * HOP_LENGTH / SAMPLE_RATE
-    heights = 2.4, max(0.9, 0.2 * len(tag_names))  # inches
-    figure = _figure(title, synthetic, 7, sum(heights) + 1)
-    top, bottom = figure.subplots(2, sharex=True, height_ratios=heights)
-    _spectrogram(figure, top, log_mel, duration)
-    order = np.argsort(-probabilities.mean(axis=0), kind="stable")
-    edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])
-    rows = np.arange(len(order) + 1) - 0.5
-    mesh = bottom.pcolormesh(edges, rows, probabilities.T[order], cmap="Blues", vmin=0, vmax=1)
-    bottom.hlines(rows, 0, duration, color="white", linewidth=1)
-    bottom.set_yticks(range(len(order)), [tag_names[tag] for tag in order])
-    bottom.set(xlabel="time (s)", xlim=(0, duration), ylim=(len(order) - 0.5, -0.5))
-    figure.colorbar(mesh, ax=bottom, label="probability", pad=0.01, aspect=10)
-    return _save(figure, path)
-
-
-def _spectrogram(figure, axes, log_mel, duration):
-    from librosa import hz_to_mel  # takes a second to import
+    from librosa import mel_frequencies  # takes a second to import
 
     n_bands, n_frames = log_mel.shape
-    step = -(-n_frames // MAX_COLUMNS)
-    starts = np.arange(0, n_frames, step)
-    columns = np.add.reduceat(log_mel, starts, axis=1) / np.diff(np.append(starts, n_frames))  # means of `step` frames
-    decibels = 10 * np.log10(np.e) * (columns - columns.max())
-    extent = (0, duration * len(starts) * step / n_frames, -0.5, n_bands - 0.5)  # the last column may be short
-    image = axes.imshow(decibels, cmap=LOUDNESS, vmin=-DYNAMIC_RANGE, vmax=0, extent=extent, origin="lower")
+    duration = n_frames * HOP_LENGTH / SAMPLE_RATE
+    decibels = 10 * np.log10(np.e) * (log_mel - log_mel.max())
+    centres = mel_frequencies(n_bands + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]  # of the bands, in Hz
     ticks = [128, 256, 512, 1024, 2048, 4096]
-    *mels, highest = hz_to_mel([*ticks, SAMPLE_RATE / 2])
-    bands = (n_bands + 1) * np.array(mels) / highest - 1  # band 0 is centred one band above 0 Hz
-    axes.set_yticks(bands, ticks, fontsize=7)
-    axes.set(aspect="auto", ylabel="frequency (Hz)")
-    figure.colorbar(image, ax=axes, label="power (dB, peak = 0)", pad=0.01, aspect=10)
-
-
-def _figure(title, synthetic, width, height, layout="constrained"):
-    """Return an empty figure, `width` x `height` inches, that says so if its data are synthetic."""
-    figure = Figure(figsize=(width, height), layout=layout)
-    note = " (synthetic demo data)" if synthetic else ""
-    figure.suptitle(textwrap.fill(title + note, int(13 * width)))
-    return figure
-
-
-def _save(figure, path):
-    """Write the figure and return it."""
-    with whole_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for letters that no font has
-        figure.savefig(file, format="png", metadata={"Software": None})
+    order = np.argsort(-probabilities.mean(axis=0), kind="stable")[:n_tags]
+    edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])
+    rows = np.arange(len(order) + 1) - 0.5
+    heights = 2.4, max(0.9, 0.2 * len(order))  # inches
+    with _picture(path, title, 7, sum(heights) + 1, synthetic) as figure:
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=heights)
+        extent = (0, duration, -0.5, n_bands - 0.5)
+        image = top.imshow(decibels, "magma", vmin=-80, vmax=0, extent=extent, origin="lower")
+        top.set_yticks(np.interp(ticks, centres, np.arange(n_bands)), ticks, fontsize=7)
+        top.set(aspect="auto", ylabel="frequency (Hz)")
+        figure.colorbar(image, ax=top, label="power (dB, peak = 0)", pad=0.01, aspect=10)
+        mesh = bottom.pcolormesh(edges, rows, probabilities.T[order], cmap="Blues", vmin=0, vmax=1)
+        bottom.hlines(rows, 0, duration, color="white", linewidth=1)
+        bottom.set_yticks(range(len(order)), [tag_names[tag] for tag in order])
+        bottom.set(xlabel="time (s)", xlim=(0, duration), ylim=(len(order) - 0.5, -0.5))
+        figure.colorbar(mesh, ax=bottom, label="probability", pad=0.01, aspect=10)
     return figure

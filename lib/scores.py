@@ -113,41 +113,30 @@ def resample_weights(groups, n_resamples, seed):
 
 
 def weighted_scores(label, scores, weights):
-    """Return (ROC-AUC, average precision) of one tag where clip i counts weights[r, i] times: (resamples,) each.
+    """Return (ROC-AUC, average precision) of one tag where clip i counts weights[r, i] times: (2, resamples).
 
-    They are scikit-learn's on the clips so repeated, and both are means over the positive clips: of the share of the
-    negatives that score lower, a tie counting half, and of the precision among the clips that score as high or higher.
+    They are scikit-learn's on the clips so repeated; its functions would sort the clips anew for each resample. With
+    TP[t] and FP[t] the positive and negative clips of at least the t-th highest score, and P and N all of them,
 
-    Three clips with labels 1, 0, 1 and scores 0.9, 0.5, 0.1 of which the last counts twice: the first positive has
-    its one negative below it and a precision of 1/1; the other two have none below them, and 3 of the 4 clips that
-    score 0.1 or higher are positive. ROC-AUC = (1 + 2 * 0) / 3 = 1/3, average precision = (1 + 2 * 3/4) / 3 = 5/6.
+        ROC-AUC = sum over t of (FP[t] - FP[t-1]) / N * (TP[t] + TP[t-1]) / 2P    (trapezoids under the ROC curve)
+        average precision = sum over t of (TP[t] - TP[t-1]) / P * TP[t] / (TP[t] + FP[t])
+
+    Three clips with labels 1, 0, 1 and scores 0.9, 0.5, 0.1, of which the last counts twice, have TP = 1, 1, 3 and
+    FP = 0, 1, 1: ROC-AUC = 1 * (1 + 1) / 6 = 1/3, average precision = 1/3 * 1/1 + 2/3 * 3/4 = 5/6.
     """
     order = np.argsort(-scores, kind="stable")
-    label, scores, weights = label[order], scores[order], weights[:, order]
-    positive = np.flatnonzero(label)
-    n_higher = np.searchsorted(-scores, -scores[positive], side="left")  # clips that score higher than each positive
-    n_as_high = np.searchsorted(-scores, -scores[positive], side="right")  # those and the ones that score the same
-
-    count_of_first = _cumulative(weights)  # [r, n]: of the n clips of the highest scores, each as often as it counts
-    positives_of_first = _cumulative(weights * label.astype(weights.dtype))
-    n_positive = positives_of_first[:, -1].astype(np.float64)
-    n_negative = count_of_first[:, -1] - n_positive
-    as_high, positives_as_high = count_of_first[:, n_as_high], positives_of_first[:, n_as_high]
-    negatives_higher = count_of_first[:, n_higher] - positives_of_first[:, n_higher]
-    negatives_below = n_negative[:, None] - (negatives_higher + as_high - positives_as_high) / 2  # half of the ties
-    precision = positives_as_high / np.maximum(as_high, 1)  # none is as high only where the positive counts 0 times
-    with np.errstate(divide="ignore", invalid="ignore"):
-        auc = (weights[:, positive] * negatives_below).sum(axis=1) / (n_positive * n_negative)
-        ap = (weights[:, positive] * precision).sum(axis=1) / n_positive
-    has_both = (n_positive > 0) & (n_negative > 0)
-    return np.where(has_both, auc, np.nan), np.where(has_both, ap, np.nan)
-
-
-def _cumulative(weights):
-    """Return the sums of the first 0, 1, ... columns, in the weights' own type."""
-    sums = np.zeros((weights.shape[0], weights.shape[1] + 1), weights.dtype)
-    np.cumsum(weights, axis=1, out=sums[:, 1:])
-    return sums
+    thresholds = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # the last clip of each distinct score
+    label = label[order]
+    found = np.full((2, len(weights)), np.nan)
+    for resample, counts in enumerate(weights):
+        counts = counts[order]
+        positives = np.append(0, np.cumsum(counts * label)[thresholds])
+        negatives = np.append(0, np.cumsum(counts)[thresholds]) - positives
+        if positives[-1] and negatives[-1]:
+            roc_auc = np.trapezoid(positives, negatives) / positives[-1] / negatives[-1]
+            precision = positives / np.maximum(positives + negatives, 1)  # no clips yet: no positives either
+            found[:, resample] = roc_auc, np.diff(positives) @ precision[1:] / positives[-1]
+    return found
 
 
 def interval(resampled):

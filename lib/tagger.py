@@ -14,29 +14,22 @@ from lib.common import InputError, reason
 from lib.feeder import to_probabilities
 from lib.parallel import autocast, choose_device, prepare_device
 
-CLIPS_AT_ONCE = 32  # through the network
-FULL_SCALE = {"int16": 2**15, "int32": 2**31}  # of the integers in which audio is stored
-MAX_CHANNELS = 8  # of an array; a longer side holds its samples
-TAGGRAM_COLUMNS = 120  # at the most; a second apart where that is enough
-
 
 class Tagger:
     """A trained network that tags music of any length.
 
     Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, the most likely first. So does a call
-    with an array and its sample rate in Hz; the array is (samples,) or (samples, channels), and has floating-point
-    numbers of full scale 1, or int16 or int32. The network computes in the precision it was trained in, unless
-    `precision` is another one of trainer.py's. Raises InputError for a checkpoint or audio that can't be used.
+    with an array and its sample rate in Hz; the array is (samples,) or (samples, channels), or the other way round
+    where that is unmistakable, and has floating-point numbers of full scale 1, or int16 or int32. The network computes
+    in the precision it was trained in, unless `precision` is another one of trainer.py's. Raises InputError for a
+    checkpoint or audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
         checkpoint = load_checkpoint(checkpoint_path)
         if checkpoint["front_end"] not in ({}, FRONT_END):
-            raise InputError(
-                f"{checkpoint_path}: was trained on spectrograms of another front end than lib/audio.py's; train again"
-            )
-        self.tag_names = checkpoint["tag_names"]
-        self.synthetic = checkpoint["synthetic"]
+            raise InputError(f"{checkpoint_path}: trained on spectrograms of another front end; train again")
+        self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
         self.device = choose_device(device)
         self.net, self.precision = network_in_precision(checkpoint, self.device, precision)
         self.mean, self.std = (checkpoint["normalization"][name].numpy()[:, None] for name in ("mean", "std"))
@@ -45,12 +38,25 @@ class Tagger:
         return self.tags(self.spectrograms(windows(self.samples(audio, sample_rate))))
 
     def samples(self, audio, sample_rate=None):
-        """Return the samples of a file or an array in mono at 11,025 Hz: (samples,) float32."""
+        """Return the samples of a file or an array in mono at 11,025 Hz: (samples,) float32, full scale 1."""
         if isinstance(audio, (str, os.PathLike)):
             return load(audio)
         if not isinstance(sample_rate, numbers.Real):
             raise InputError(f"an array of samples needs its sample rate, a number in Hz, not {sample_rate!r}")
-        return resample(mono(audio), float(sample_rate))
+        try:
+            audio = np.asarray(audio)
+        except Exception as error:  # ragged lists, tensors on a GPU, ...
+            raise InputError(f"not an array of samples ({reason(error)})") from error
+        full_scale = 1 if audio.dtype.kind == "f" else {"int16": 2**15, "int32": 2**31}.get(audio.dtype.name)
+        if not full_scale:
+            raise InputError(f"an array of {audio.dtype}: samples must be floating-point numbers, int16 or int32")
+        shape = audio.shape
+        if audio.ndim == 2 and 1 <= min(shape) <= 8 and max(shape) >= 10 * min(shape):
+            audio = audio.mean(axis=np.argmin(shape))
+        if audio.ndim != 1:
+            raise InputError(f"array of shape {shape}: must be (samples,) or (samples, channels), at most 8 channels")
+        with np.errstate(over="ignore"):  # resample refuses what is not finite
+            return resample((audio / full_scale).astype(np.float32), float(sample_rate))
 
     def spectrograms(self, clips):
         """Return the normalised spectrograms of clips at 11,025 Hz, as the network takes them: (clips, 1, 128, 628)."""
@@ -61,9 +67,9 @@ class Tagger:
     def probabilities(self, spectrograms):
         """Return the probabilities for (clips, 1, 128, 628) normalised spectrograms: (clips, tags) float64."""
         with autocast(self.device, self.precision):
-            clips = spectrograms.to(getattr(torch, self.precision)).split(CLIPS_AT_ONCE)
-            logits = [self.net(some_clips.to(self.device)).cpu() for some_clips in clips]
-        return to_probabilities(torch.cat(logits), "the network's answers are not finite; train again")
+            batches = spectrograms.to(getattr(torch, self.precision)).split(32)
+            logits = torch.cat([self.net(batch.to(self.device)).cpu() for batch in batches])
+        return to_probabilities(logits, "the network's answers are not finite; train again")
 
     def tags(self, spectrograms):
         """Return {tag: probability}, the most likely first: the mean over the spectrograms of a recording."""
@@ -72,10 +78,7 @@ class Tagger:
 
 
 def network_in_precision(checkpoint, device, precision):
-    """Return (network, precision) for the checkpoint on `device`. The network's input has the precision's dtype.
-
-    A `precision` of "checkpoint" is the one that it was trained in.
-    """
+    """Return (network, precision) on `device`; a `precision` of "checkpoint" is the one that it was trained in."""
     trained = checkpoint["hyperparameters"]
     if precision == "checkpoint":
         precision = trained.get("precision", "float32")
@@ -83,38 +86,12 @@ def network_in_precision(checkpoint, device, precision):
     return network_of(checkpoint, device).to(dtype), precision
 
 
-def mono(audio):
-    """Return an array of samples, as Tagger takes it, in mono: (samples,) float32, full scale 1.
-
-    (channels, samples) is taken too, where it can be told from (samples, channels). Raises InputError for any other
-    shape or type, for no samples, and for samples that are not finite.
-    """
-    try:
-        audio = np.asarray(audio)
-    except Exception as error:  # ragged lists, tensors on a GPU, ...
-        raise InputError(f"not an array of samples ({reason(error)})") from error
-    if audio.dtype.kind != "f" and audio.dtype.name not in FULL_SCALE:
-        raise InputError(f"an array of {audio.dtype}: samples must be floating-point numbers, int16 or int32")
-    if not audio.size:
-        raise InputError("an array without samples")
-    sides = sorted(audio.shape)
-    if audio.ndim != 1 and not (audio.ndim == 2 and sides[0] <= MAX_CHANNELS and sides[1] >= 10 * sides[0]):
-        raise InputError(
-            f"an array of shape {audio.shape}: must be (samples,) or (samples, channels), with at most {MAX_CHANNELS} "
-            "channels and many more samples"
-        )
-    with np.errstate(over="ignore"):
-        samples = audio.astype(np.float32) / np.float32(FULL_SCALE.get(audio.dtype.name, 1))
-    if not np.isfinite(samples).all():
-        raise InputError("an array with samples that are not finite")
-    return samples.mean(axis=np.argmin(samples.shape)) if samples.ndim == 2 else samples
-
-
 def windows(samples):
     """Return clips of 29.1 s that cover `samples` evenly, at 11,025 Hz, each overlapping the next by a quarter or more.
 
-    More overlap gives the same tags: on five songs, the mean over windows 2 s apart differs from that over these by
-    0.0007 on average, and from that over windows overlapping by half by 0.0005. An excess shorter than a frame adds no window. The clips have what the last frame's window reaches beyond them.
+    More overlap gives the same tags: on five songs, the mean over windows 2 s apart differed from that over these by
+    0.0007 on average, and from that over windows that overlap by half by 0.0005. An excess shorter than a frame adds no
+    window. The clips have what the last frame's window reaches beyond them.
     """
     excess = max(0, len(samples) - CLIP_SAMPLES - HOP_LENGTH)
     n_windows = 1 + -(-excess // (CLIP_SAMPLES * 3 // 4))
@@ -125,17 +102,14 @@ def windows(samples):
 def taggram(tagger, samples):
     """Return (times, probabilities): the tags over time, (columns,) in seconds and (columns, tags).
 
-    Each column is the network's answer for the 29.1 s around its time. At the ends the recording is continued by
-    its mirror image.
+    The columns are a second apart, or more, so that they are 120 at most. Each is the network's answer for the 29.1 s
+    around its time; at the ends the recording is continued by its mirror image.
     """
-    step = max(SAMPLE_RATE, -(-len(samples) // TAGGRAM_COLUMNS))
+    step = max(SAMPLE_RATE, -(-len(samples) // 120))
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
     mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
     spectrograms = tagger.spectrograms([mirrored[centre : centre + CLIP_SAMPLES] for centre in centres])
     return centres / SAMPLE_RATE, tagger.probabilities(spectrograms)
-
-
-# For the script
 
 
 def audio_files(paths):
