@@ -62,7 +62,9 @@ def decode(path, seconds=None):
         with soundfile.SoundFile(os.fsencode(path)) as file:
             n_left = sys.maxsize if seconds is None else int(seconds * file.samplerate)
             blocks = []
-            while n_left > 0:  # in blocks, because a damaged header may promise any number of samples
+            # In blocks, because a damaged header may promise any number of samples; large ones, because soundfile seeks
+            # between them, after which some mp3 files go on with other last bits. MagnaTagATune's clips fit in one.
+            while n_left > 0:
                 n_wanted = min(n_left, 1 << 19)
                 block = file.read(n_wanted, dtype="float32", always_2d=True)
                 n_channels = block.shape[1]

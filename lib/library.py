@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lib.audio import HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
 from lib.common import InputError, lock, progress, reason, whole_file
@@ -62,20 +63,16 @@ def tag_files(settings, checkpoint_path):
 def tagged(tagger, files):
     """Yield (path, samples, {tag: probability}) for each file; an exception in place of the tags if it has none."""
 
-    def prepare(path):
+    def tag(path):
         try:
             samples = tagger.samples(path)
-            return samples, tagger.spectrograms(windows(samples))
+            return samples, tagger.tags(tagger.spectrograms(windows(samples)))
         except Exception as error:  # whatever one file does never costs the others
             return None, error
 
-    for path, (samples, spectrograms) in zip(files, load_ahead(prepare, files, THREADS, THREADS)):
-        try:
-            if isinstance(spectrograms, Exception):
-                raise spectrograms
-            tags = tagger.tags(spectrograms)
-        except Exception as error:
-            tags = error
+    if len(files) > 1:
+        torch.set_num_threads(1)  # each thread has a file of its own
+    for path, (samples, tags) in zip(files, load_ahead(tag, files, THREADS, THREADS)):
         yield path, samples, tags
 
 

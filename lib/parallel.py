@@ -41,7 +41,8 @@ def keep_freed_memory():
         with suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too ...
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back ...
+            mallopt(-8, 1)  # M_ARENA_MAX: ... nor is it another one for each thread
 
 
 def prepare_device(device, precision, tf32):

@@ -44,7 +44,7 @@ def test_a_clip_is_tagged_as_it_is_evaluated(tagger, tmp_path):
 
 def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
     samples = music(60)[:, 0]
-    # The 31 s beyond the first window take two steps of 21.8 s at most
+    # The 31 s beyond the first window take two more
     starts = np.linspace(0, len(samples) - CLIP_SAMPLES, 3).astype(int)
     clips = windows(samples)
     assert len(clips) == 3
