@@ -9,7 +9,6 @@ import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
 
 import contextlib
 import csv
-import errno
 import hashlib
 import multiprocessing
 import os
@@ -24,28 +23,11 @@ from typing import Annotated
 
 import numpy as np
 
-from lib.audio import (  # log_mel_spectrogram: for other programs
-    CLIP_SAMPLES,
-    CLIP_SECONDS_READ,
-    FRONT_END,
-    SAMPLE_RATE,
-    decode,
-    log_mel,
-    log_mel_spectrogram,  # noqa: F401
-    resample,
-)
+from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, SAMPLE_RATE, decode, log_mel, resample
+from lib.audio import log_mel_spectrogram  # noqa: F401 - for other programs
 from lib.common import ROOT, InputError, Range, progress, reason, run, settings_from_command_line, whole_file
-from lib.dump import (
-    ANEW,
-    CLIP_BYTES,
-    MANIFEST,
-    Chunk,
-    ChunkWriter,
-    crc_of_file,
-    dump_lock,
-    read_manifest,
-    write_manifest,
-)
+from lib.dump import ANEW, CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, crc_of_file, dump_lock
+from lib.dump import read_manifest, write_manifest
 from tags import annotations_path, read_annotations
 
 
@@ -70,9 +52,9 @@ def main():
     chosen = parse_chunks(settings.chunks, len(chunks))
     with dump_lock(settings.data):
         manifest = begin_or_continue(settings.data, plan, chunks, settings.overwrite)
-    tasks = [(chunks[index], [annotations.mp3_paths[row] for row in rows[index]]) for index in chosen]
     if not manifest["complete"]:
-        make_chunks(plan, [(chunk, mp3_paths) for chunk, mp3_paths in tasks if not chunk.is_complete()])
+        unfinished = [index for index in chosen if not chunks[index].is_complete()]
+        make_chunks(plan, [(chunks[i], [annotations.mp3_paths[row] for row in rows[i]]) for i in unfinished])
     with dump_lock(settings.data):
         manifest = finish(settings.data, plan, annotations, chunks)
         print_summary(settings.data, manifest, chunks)
@@ -116,19 +98,14 @@ def begin_or_continue(data, plan, chunks, overwrite):
     """
     if overwrite:
         delete_dump(data)
-    manifest = read_manifest(data)
-    if manifest is None:
+    if not (data / MANIFEST).exists():
         unexpected = next(data.glob("spectrograms_*"), None)
         if unexpected:
             raise InputError(
                 f"{unexpected}: of a dump without {MANIFEST}; move it away, or start over with --overwrite"
             )
-        manifest = {**plan, "complete": False}
-        write_manifest(data, manifest)
-    differing = [key for key in plan if manifest.get(key) != plan[key]]
-    if differing:
-        found = ", ".join(f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in differing)
-        raise InputError(f"{data / MANIFEST}: made with other settings: {found}; start over with --overwrite")
+        write_manifest(data, {**plan, "complete": False})
+    manifest = manifest_of(data, plan)
     if manifest["complete"]:
         lost = [name for name in manifest["crc32"] if not (data / name).exists()]
         lost += [chunk.file.name for chunk in chunks if not chunk.has_its_size()]
@@ -147,10 +124,12 @@ def delete_dump(data):
 
 
 def manifest_of(data, plan):
-    """Return the manifest of the dump that `plan` describes. Raises InputError if another process began another."""
-    manifest = read_manifest(data)
-    if manifest is None or any(manifest.get(key) != plan[key] for key in plan):
-        raise InputError(f"{data / MANIFEST}: another process has begun the dump anew with other settings")
+    """Return the dump's manifest. Raises InputError if it is of another plan: another process may have begun anew."""
+    manifest = read_manifest(data) or {}
+    differing = [f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in plan if manifest.get(key) != plan[key]]
+    if differing:
+        found = ", ".join(differing)
+        raise InputError(f"{data / MANIFEST}: made with other settings: {found}; start over with --overwrite")
     return manifest
 
 
@@ -159,21 +138,18 @@ def make_chunks(plan, tasks):
     import soundfile, soxr, torch, librosa.filters  # noqa: E401, F401 - once, for all processes that are forked below
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    complaints = context.SimpleQueue()
-    workers = [context.Process(target=make_chunk, args=(plan, *task, complaints, os.getpid())) for task in tasks]
-    try:
-        with progress(total=sum(chunk.n_clips for chunk, _ in tasks), unit="clip", smoothing=0.05) as bar:
-            for worker in workers:
-                worker.start()
-            while any(worker.is_alive() for worker in workers):
-                wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=0.5)
-                bar.update(sum(len(chunk.entries()) for chunk, _ in tasks) - bar.n)
-    finally:
+    failures = context.SimpleQueue()
+    workers = [  # which end with this process
+        context.Process(target=make_chunk, args=(plan, *task, failures, os.getpid()), daemon=True) for task in tasks
+    ]
+    with progress(total=sum(chunk.n_clips for chunk, _ in tasks), unit="clip", smoothing=0.05) as bar:
         for worker in workers:
-            if worker.pid:  # it has been started
-                worker.terminate()
-    if not complaints.empty():
-        raise InputError(complaints.get())
+            worker.start()
+        while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
+            wait(alive, timeout=0.5)
+            bar.update(sum(len(chunk.entries()) for chunk, _ in tasks) - bar.n)
+    if not failures.empty():
+        raise failures.get()
     for worker, (chunk, mp3_paths) in zip(workers, tasks):
         if worker.exitcode:
             near = ", ".join(mp3_paths[len(chunk.entries()) :][:1])
@@ -181,7 +157,7 @@ def make_chunks(plan, tasks):
             raise InputError(f"{chunk.file}: {died}; the same command goes on from there")
 
 
-def make_chunk(plan, chunk, mp3_paths, complaints, parent):
+def make_chunk(plan, chunk, mp3_paths, failures, parent):
     """Worker process: make one chunk, from its first missing clip."""
     import torch
 
@@ -203,13 +179,11 @@ def make_chunk(plan, chunk, mp3_paths, complaints, parent):
                     if os.getppid() != parent:
                         sys.exit("the parent process is gone")
             writer.finish()
-    except InputError as error:
-        complaints.put(str(error))
-    except OSError as error:
-        remedy = "; make room, then the same command goes on" if error.errno == errno.ENOSPC else ""
-        complaints.put(f"{chunk.file}: {error.strerror}{remedy}")
-    except Exception:
-        complaints.put(traceback.format_exc())
+    except Exception as error:
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(chunk.file)  # a full disk does not say which file it had no room for
+        error.add_note(traceback.format_exc())  # for the parent, which gets the error without its traceback
+        failures.put(error)
 
 
 def read_clip(data, mp3_path):
@@ -246,11 +220,12 @@ def finish(data, plan, annotations, chunks):
     for name, array in arrays.items():
         with whole_file(data / name) as file:
             np.save(file, array, allow_pickle=False)
-    manifest["outcomes"] = {kind: sum(entry[1] == kind for entry in entries) for kind in ("zero", "padded")}
-    manifest["synthetic"] = (data / "SYNTHETIC.txt").exists()
-    manifest["crc32"] = {name: crc_of_file(data / name) for name in arrays}
-    manifest["crc32"].update((chunk.file.name, chunk.crc()) for chunk in chunks)
-    manifest["complete"] = True
+    manifest |= {
+        "outcomes": {kind: sum(entry[1] == kind for entry in entries) for kind in ("zero", "padded")},
+        "synthetic": (data / "SYNTHETIC.txt").exists(),
+        "crc32": {name: crc_of_file(data / name) for name in arrays} | {chunk.file.name: chunk.crc() for chunk in chunks},
+        "complete": True,
+    }
     write_manifest(data, manifest)
     return manifest
 

@@ -8,8 +8,10 @@ made from and, once every chunk is there, the CRC-32 of each file.
 import io
 import json
 import os
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 
@@ -20,9 +22,6 @@ CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
 LOCK_SECONDS = 5  # a killed run's last worker may take eight clips' time to notice
 ANEW = "gen_spectrograms.py --overwrite makes the dump anew"
-
-
-# Writing
 
 
 class Chunk:
@@ -37,42 +36,31 @@ class Chunk:
         self.file = data / f"spectrograms_{index}.npy"
         self.partial = data / f"spectrograms_{index}.npy.partial"
         self.journal = data / f"spectrograms_{index}.journal"
+        header = io.BytesIO()
+        layout = {"descr": "<f4", "fortran_order": False, "shape": (n_clips, N_MELS, N_FRAMES)}
+        np.lib.format.write_array_header_1_0(header, layout)
+        self.header = header.getvalue()
 
     def lock(self):
         """Return a context in which no other process writes or deletes the chunk."""
         busy = f"{self.file}: another process is making it; once that one has ended, the same command goes on"
         return lock(self.file.with_name(f".{self.file.stem}.lock"), busy, LOCK_SECONDS)
 
-    def header(self):
-        """Return the finished file's first bytes."""
-        header = io.BytesIO()
-        layout = {"descr": "<f4", "fortran_order": False, "shape": (self.n_clips, N_MELS, N_FRAMES)}
-        np.lib.format.write_array_header_1_0(header, layout)
-        return header.getvalue()
-
     def has_its_size(self):
         """Return whether the finished file is there, as long as it has to be."""
-        n_bytes = len(self.header()) + self.n_clips * CLIP_BYTES
-        return self.file.exists() and self.file.stat().st_size == n_bytes
+        return self.file.exists() and self.file.stat().st_size == len(self.header) + self.n_clips * CLIP_BYTES
 
     def entries(self):
-        """Return the journal's complete lines as (crc, outcome, reason)."""
+        """Return the journal's complete lines as (crc, outcome, reason); a kill may have cut off the last."""
         try:
-            text = self.journal.read_text(encoding="utf-8", errors="replace")
+            return re.findall("(.*)\t(.*)\t(.*)\n", self.journal.read_text(encoding="utf-8", errors="replace"))
         except FileNotFoundError:
             return []
-        entries = []
-        for line in text.split("\n")[:-1]:  # what follows the last line end was cut off by a kill
-            fields = line.split("\t")
-            if len(fields) != 3:
-                break
-            entries.append(tuple(fields))
-        return entries
 
     def crc(self):
         """Return the finished file's CRC-32, as the journal's last line has it."""
         entries = self.entries()
-        return entries[-1][0] if entries else f"{zlib.crc32(self.header()):08x}"
+        return entries[-1][0] if entries else f"{zlib.crc32(self.header):08x}"
 
     def is_complete(self):
         return self.has_its_size() and len(self.entries()) == self.n_clips
@@ -86,40 +74,29 @@ class ChunkWriter:
 
     def __init__(self, chunk):
         self.chunk = chunk
-        self.file = open(chunk.partial, "a+b")
-        self.journal = open(chunk.journal, "a+b", buffering=0)
-        entries, self.crc = self._verified_entries()
-        self.n_done = len(entries)
-        self.file.truncate(len(chunk.header()) + self.n_done * CLIP_BYTES)
-        self.journal.truncate(sum(len("\t".join(entry).encode()) + 1 for entry in entries))
-
-    def _verified_entries(self):
-        """Return the journal's entries that agree with the file's bytes, and the CRC-32 after the last."""
-        header = self.chunk.header()
-        verified, crc = [], zlib.crc32(header)
-        self.file.seek(0)
-        if self.file.read(len(header)) != header:
-            self.file.truncate(0)
-            self.file.write(header)
-            self.file.flush()
-            return verified, crc
-        for entry in self.chunk.entries()[: self.chunk.n_clips]:
-            clip = self.file.read(CLIP_BYTES)
-            crc_here = zlib.crc32(clip, crc)
-            if len(clip) < CLIP_BYTES or f"{crc_here:08x}" != entry[0]:
+        chunk.partial.touch()
+        self.file = open(chunk.partial, "r+b")
+        self.file.write(chunk.header)
+        self.crc = zlib.crc32(chunk.header)
+        verified = []
+        for entry in chunk.entries()[: chunk.n_clips]:
+            crc = zlib.crc32(self.file.read(CLIP_BYTES), self.crc)
+            if f"{crc:08x}" != entry[0]:
                 break
-            verified.append(entry)
-            crc = crc_here
-        return verified, crc
+            verified.append("\t".join(entry) + "\n")
+            self.crc = crc
+        self.n_done = len(verified)
+        self.file.truncate(self.file.seek(len(chunk.header) + self.n_done * CLIP_BYTES))
+        self.journal = open(chunk.journal, "ab", buffering=0)
+        self.journal.truncate(len("".join(verified).encode()))
 
     def append(self, spectrogram, outcome="", reason=""):
         """Write the next clip; a spectrogram of None is all zeros."""
+        clip = bytes(CLIP_BYTES) if spectrogram is None else spectrogram.astype("<f4", copy=False).tobytes()
+        self.crc = zlib.crc32(clip, self.crc)
         if spectrogram is None:
-            self.crc = zlib.crc32(bytes(CLIP_BYTES), self.crc)
-            self.file.truncate(self.file.seek(0, os.SEEK_END) + CLIP_BYTES)  # zeros that take no room on the disk
+            self.file.truncate(self.file.seek(CLIP_BYTES, os.SEEK_CUR))  # zeros that take no room on the disk
         else:
-            clip = spectrogram.astype("<f4", copy=False).tobytes()
-            self.crc = zlib.crc32(clip, self.crc)
             self.file.write(clip)
             self.file.flush()
         self.journal.write(f"{self.crc:08x}\t{outcome}\t{' '.join(reason.split())}\n".encode(errors="replace"))
@@ -141,16 +118,13 @@ def dump_lock(data):
 def read_manifest(data):
     """Return the contents of dump.json, or None where there is none. Raises InputError if it is damaged."""
     path = data / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        intact = manifest.pop("checksum") == _checksum(manifest)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        intact = False
-    if not intact:
-        raise InputError(f"{path}: damaged; delete it and start over with gen_spectrograms.py --overwrite")
-    return manifest
+    with suppress(ValueError, KeyError, AttributeError, TypeError):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest.pop("checksum") == _checksum(manifest):
+            return manifest
+    raise InputError(f"{path}: damaged; delete it and start over with gen_spectrograms.py --overwrite")
 
 
 def write_manifest(data, manifest):
@@ -164,14 +138,7 @@ def _checksum(manifest):
 
 def crc_of_file(path):
     """Return a file's CRC-32 as eight hexadecimal digits."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
-
-
-# Reading
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 class Dump:
@@ -193,7 +160,8 @@ class Dump:
         known = self.manifest or {"crc32": {}, "front_end": {}, "synthetic": False, "outcomes": {"zero": 0}}
         self.front_end, self.synthetic, self.n_bad = known["front_end"], known["synthetic"], known["outcomes"]["zero"]
         self.fingerprint = ",".join(sorted(known["crc32"].values()))  # equal for two dumps of the same bytes
-        self.files = self._chunk_files()
+        n_chunks = self.manifest["n_chunks"] if self.manifest else len(list(data.glob("spectrograms_*.npy")))
+        self.files = [data / f"spectrograms_{index}.npy" for index in range(n_chunks)]
         self.chunks = [self._load(file.name, mapped=True) for file in self.files]
         self.ids = self._load("ids.npy")
         self.tag_names = [str(name) for name in self._load("tag_names.npy").ravel()]
@@ -206,22 +174,13 @@ class Dump:
     def __len__(self):
         return len(self.ids)
 
-    def _chunk_files(self):
-        files = sorted(self.data.glob("spectrograms_*.npy"), key=lambda file: (len(file.name), file.name))
-        expected = self.manifest["n_chunks"] if self.manifest else max(len(files), 1)
-        names = [f"spectrograms_{index}.npy" for index in range(expected)]
-        if [file.name for file in files] != names:
-            raise InputError(f"{self.data}: needs {names[0]} to {names[-1]} and no other such file; {ANEW}")
-        return files
-
     def _load(self, name, mapped=False):
+        """Return an array; the checksum of one that is `mapped` into memory is compared where it is read."""
         path = self.data / name
         try:
-            if mapped:  # its checksum is compared where it is read
-                return np.lib.format.open_memmap(path, mode="r")
-            self._require(path, crc_of_file(path))
-            with open(path, "rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+            if not mapped:
+                self._require(path, crc_of_file(path))
+            return np.load(path, mmap_mode="r" if mapped else None)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; {ANEW}") from None
         except (InputError, OSError):
@@ -233,7 +192,7 @@ class Dump:
         """Raise InputError unless all arrays are what the docstring at the top says; another program wrote them."""
         for file, chunk in zip(self.files, self.chunks):
             order = "C order" if chunk.flags.c_contiguous else "Fortran order"
-            if chunk.dtype != np.float32 or chunk.shape[1:] != (N_MELS, N_FRAMES) or order != "C order":
+            if (chunk.dtype, chunk.shape[1:], order) != (np.float32, (N_MELS, N_FRAMES), "C order"):
                 found = f"{chunk.dtype} {chunk.shape} in {order}"
                 raise InputError(f"{file}: holds {found}, not float32 (clips, {N_MELS}, {N_FRAMES}) in C order")
         if self.ids.dtype.kind not in "iu" or self.ids.ndim != 1:
@@ -252,32 +211,31 @@ class Dump:
             raise InputError(f"{file}: damaged or from another dump; {ANEW}")
 
     def band_sums(self):
-        """Return each clip's sum and sum of squares over frames, (clips, 128) float64 each, checking every byte.
+        """Return each clip's sum and sum of squares over frames, (2, clips, 128) float64, checking every byte.
 
         Raises InputError if a file of spectrograms is not the one that dump.json knows, or holds NaN.
         """
-        sums = np.empty((2, len(self), N_MELS))
         bar = progress(desc="normalization", total=len(self), unit="clip", delay=1, leave=False)
         with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-            tasks = [pool.submit(self._band_sums_of_chunk, index, sums, bar) for index in range(len(self.chunks))]
-            for task in tasks:
-                task.result()
-        return sums[0], sums[1]
+            sums = list(pool.map(self._band_sums_of_chunk, self.files, self.chunks, [bar] * len(self.files)))
+        return np.concatenate(sums, axis=1)
 
-    def _band_sums_of_chunk(self, index, sums, bar, clips_at_once=8):
-        chunk, file = self.chunks[index], self.files[index]
-        crc = zlib.crc32(_header_bytes(file, chunk))
-        for start in range(0, len(chunk), clips_at_once):
-            clips = chunk[start : start + clips_at_once]
+    def _band_sums_of_chunk(self, file, chunk, bar):
+        with open(file, "rb") as opened:
+            crc = zlib.crc32(opened.read(file.stat().st_size - chunk.nbytes))
+        sums = np.empty((2, len(chunk), N_MELS))
+        for start in range(0, len(chunk), 8):
+            rows = slice(start, start + 8)  # so few stay in the cache
+            clips = chunk[rows]
             crc = zlib.crc32(clips, crc)
             exact = clips.astype(np.float64)
-            rows = slice(self.starts[index] + start, self.starts[index] + start + len(clips))
             sums[0, rows] = exact.sum(axis=2)
             sums[1, rows] = np.einsum("cbt,cbt->cb", exact, exact)
             bar.update(len(clips))
         self._require(file, f"{crc:08x}")
-        if not np.isfinite(sums[1, self.starts[index] : self.starts[index + 1]]).all():
+        if not np.isfinite(sums[1]).all():
             raise InputError(f"{file}: holds values that are not finite; {ANEW}")
+        return sums
 
     def path_of(self, row):
         """Return the audio file of a row, relative to the data folder; empty for another program's dump."""
@@ -290,11 +248,6 @@ class Dump:
         for target, row, chunk in zip(out, rows, chunk_of_row):
             np.subtract(self.chunks[chunk][row - self.starts[chunk]], mean[:, None], out=target)
             np.divide(target, std[:, None], out=target)
-
-
-def _header_bytes(file, chunk):
-    with open(file, "rb") as opened:
-        return opened.read(os.path.getsize(file) - len(chunk) * CLIP_BYTES)
 
 
 def band_normalization(sums, squares):
