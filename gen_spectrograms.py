@@ -26,8 +26,8 @@ import numpy as np
 from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, SAMPLE_RATE, decode, log_mel, resample
 from lib.audio import log_mel_spectrogram  # noqa: F401 - for other programs
 from lib.common import ROOT, InputError, Range, progress, reason, run, settings_from_command_line, whole_file
-from lib.dump import ANEW, CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, crc_of_file, dump_lock
-from lib.dump import read_manifest, write_manifest
+from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump
+from lib.dump import crc_of_file, dump_lock, read_manifest, write_manifest
 from tags import annotations_path, read_annotations
 
 
@@ -94,23 +94,18 @@ def parse_chunks(text, n_chunks):
 def begin_or_continue(data, plan, chunks, overwrite):
     """Return the manifest: a new dump's, or that of a dump which can be completed or used.
 
-    The caller holds the dump's lock. Raises InputError if the dump was made with other settings, or lacks a file.
+    The caller holds the dump's lock. Raises InputError if the dump was made with other settings, or is damaged.
     """
     if overwrite:
         delete_dump(data)
     if not (data / MANIFEST).exists():
         unexpected = next(data.glob("spectrograms_*"), None)
         if unexpected:
-            raise InputError(
-                f"{unexpected}: of a dump without {MANIFEST}; move it away, or start over with --overwrite"
-            )
+            raise InputError(f"{unexpected}: of a dump without {MANIFEST}; move it away or start over with --overwrite")
         write_manifest(data, {**plan, "complete": False})
     manifest = manifest_of(data, plan)
     if manifest["complete"]:
-        lost = [name for name in manifest["crc32"] if not (data / name).exists()]
-        lost += [chunk.file.name for chunk in chunks if not chunk.has_its_size()]
-        if lost:
-            raise InputError(f"{data / lost[0]}: missing or cut off, though the dump was completed; {ANEW}")
+        Dump(data)  # compares the files with the manifest
     return manifest
 
 
@@ -126,9 +121,9 @@ def delete_dump(data):
 def manifest_of(data, plan):
     """Return the dump's manifest. Raises InputError if it is of another plan: another process may have begun anew."""
     manifest = read_manifest(data) or {}
-    differing = [f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in plan if manifest.get(key) != plan[key]]
+    differing = [key for key in plan if manifest.get(key) != plan[key]]
     if differing:
-        found = ", ".join(differing)
+        found = ", ".join(f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in differing)
         raise InputError(f"{data / MANIFEST}: made with other settings: {found}; start over with --overwrite")
     return manifest
 
@@ -139,9 +134,7 @@ def make_chunks(plan, tasks):
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
-    workers = [  # which end with this process
-        context.Process(target=make_chunk, args=(plan, *task, failures, os.getpid()), daemon=True) for task in tasks
-    ]
+    workers = [context.Process(target=make_chunk, args=(plan, *task, failures), daemon=True) for task in tasks]
     with progress(total=sum(chunk.n_clips for chunk, _ in tasks), unit="clip", smoothing=0.05) as bar:
         for worker in workers:
             worker.start()
@@ -157,7 +150,7 @@ def make_chunks(plan, tasks):
             raise InputError(f"{chunk.file}: {died}; the same command goes on from there")
 
 
-def make_chunk(plan, chunk, mp3_paths, failures, parent):
+def make_chunk(plan, chunk, mp3_paths, failures):
     """Worker process: make one chunk, from its first missing clip."""
     import torch
 
@@ -176,8 +169,8 @@ def make_chunk(plan, chunk, mp3_paths, failures, parent):
                 paths = mp3_paths[start : start + CLIPS_AT_ONCE]
                 for samples, outcome, why in [read_clip(chunk.file.parent, path) for path in paths]:
                     writer.append(None if samples is None else log_mel(samples), outcome, why)
-                    if os.getppid() != parent:
-                        sys.exit("the parent process is gone")
+                    if os.getppid() != multiprocessing.parent_process().pid:
+                        return  # the parent process was killed
             writer.finish()
     except Exception as error:
         if isinstance(error, OSError) and not error.filename:
@@ -208,22 +201,23 @@ def finish(data, plan, annotations, chunks):
     with whole_file(data / "bad_clips.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(("clip_id", "mp3_path", "outcome", "reason"))
-        for clip, mp3_path, (_, outcome, why) in zip(annotations.ids, annotations.mp3_paths, entries):
-            if outcome:
-                table.writerow((clip, mp3_path, outcome, why))
+        rows = zip(annotations.ids, annotations.mp3_paths, entries)
+        table.writerows((clip, mp3_path, outcome, why) for clip, mp3_path, (_, outcome, why) in rows if outcome)
     arrays = {
         "ids.npy": annotations.ids,
         "tags.npy": annotations.labels,
         "tag_names.npy": np.array(annotations.tag_names),
         "mp3_paths.npy": np.array(annotations.mp3_paths),
     }
+    crcs = {}
     for name, array in arrays.items():
         with whole_file(data / name) as file:
             np.save(file, array, allow_pickle=False)
+        crcs[name] = crc_of_file(data / name)
     manifest |= {
         "outcomes": {kind: sum(entry[1] == kind for entry in entries) for kind in ("zero", "padded")},
         "synthetic": (data / "SYNTHETIC.txt").exists(),
-        "crc32": {name: crc_of_file(data / name) for name in arrays} | {chunk.file.name: chunk.crc() for chunk in chunks},
+        "crc32": crcs | {chunk.file.name: chunk.crc() for chunk in chunks},
         "complete": True,
     }
     write_manifest(data, manifest)
@@ -240,8 +234,7 @@ def print_summary(data, manifest, chunks):
         chunk.journal.unlink(missing_ok=True)
     n_clips, zero, padded = manifest["n_clips"], manifest["outcomes"]["zero"], manifest["outcomes"]["padded"]
     print(f"{data}: {n_clips:,} spectrograms, {n_clips * CLIP_BYTES / 1e9:.2f} GB in {len(chunks)} files")
-    kinds = f"{zero:,} bad clips (all zeros) and {padded:,} short ones (padded with silence)"
-    print(f"{kinds}: see {data / 'bad_clips.csv'}")
+    print(f"{zero:,} bad clips (all zeros) and {padded:,} short ones (padded with silence): see {data}/bad_clips.csv")
     if zero > TOO_MANY_BAD * n_clips:
         many = f"{zero:,} of {n_clips:,} clips are bad, more than {TOO_MANY_BAD:.0%}"
         raise InputError(f"{data}: {many}; the dump is kept, but if audio was missing, start over with --overwrite")

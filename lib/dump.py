@@ -46,10 +46,6 @@ class Chunk:
         busy = f"{self.file}: another process is making it; once that one has ended, the same command goes on"
         return lock(self.file.with_name(f".{self.file.stem}.lock"), busy, LOCK_SECONDS)
 
-    def has_its_size(self):
-        """Return whether the finished file is there, as long as it has to be."""
-        return self.file.exists() and self.file.stat().st_size == len(self.header) + self.n_clips * CLIP_BYTES
-
     def entries(self):
         """Return the journal's complete lines as (crc, outcome, reason); a kill may have cut off the last."""
         try:
@@ -63,7 +59,9 @@ class Chunk:
         return entries[-1][0] if entries else f"{zlib.crc32(self.header):08x}"
 
     def is_complete(self):
-        return self.has_its_size() and len(self.entries()) == self.n_clips
+        n_bytes = len(self.header) + self.n_clips * CLIP_BYTES
+        whole = self.file.exists() and self.file.stat().st_size == n_bytes
+        return whole and len(self.entries()) == self.n_clips
 
 
 class ChunkWriter:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import librosa
 import numpy as np
@@ -39,16 +40,12 @@ def exact_log_mel(samples):
     return np.log(np.clip(filters @ (np.abs(spectrum) ** 2).T, 1e-20, np.inf))
 
 
-def librosa_log_mel(samples):
-    mel = librosa.feature.melspectrogram(y=samples, sr=11025, n_fft=2048, hop_length=512, pad_mode="reflect")
-    return np.log(np.clip(mel, 1e-20, np.inf))
-
-
 def assert_as_exact_as_librosa(path):
     samples, _ = librosa.load(path, sr=11025)
+    mel = librosa.feature.melspectrogram(y=samples, sr=11025, n_fft=2048, hop_length=512, pad_mode="reflect")
     exact = exact_log_mel(samples)[:, :628]
     ours = np.abs(log_mel_spectrogram(path) - exact)
-    librosas = np.abs(librosa_log_mel(samples)[:, :628] - exact)
+    librosas = np.abs(np.log(np.clip(mel, 1e-20, np.inf))[:, :628] - exact)
     assert ours.mean() <= librosas.mean()
     # The last digit of float32 is all that is left to differ in
     assert ours.max() <= max(librosas.max(), np.spacing(np.float32(np.abs(exact).max())))
@@ -146,36 +143,29 @@ def test_the_dump(run_script, clips):
     assert np.allclose(out, (spectrograms[[20, 0, 13]] - mean[:, None]) / std[:, None])
 
 
-BAD = {
+BAD = {  # what is in the file, the clip's outcome, a part of the reason
     "missing.mp3": (None, "zero", "no such file"),
     "empty.mp3": (b"", "zero", "empty file"),
     "text.mp3": (b"<html>404</html>" * 100, "zero", "can't be decoded"),
-    "folder.mp3": ("folder", "zero", "is a directory"),
-    "nan.wav": ("nan", "zero", "not finite"),
-    "no_samples.wav": ("none", "zero", "no audio"),
+    "folder.mp3": (Path.mkdir, "zero", "is a directory"),
+    "nan.wav": (np.full(11025 * 30, np.nan), "zero", "not finite"),
+    "no_samples.wav": (np.empty(0), "zero", "no audio"),
     "../outside.wav": (None, "zero", "outside the data folder"),
     "/etc/hostname": (None, "zero", "outside the data folder"),
-    "half_second.wav": (0.5, "padded", "0.50 s long"),
+    "half_second.wav": (tone(11025, 0.5), "padded", "0.50 s long"),
     "headerless.raw": (bytes(1000), "zero", "can't be decoded"),
-    "overflows_in_the_resampler.wav": ("loud", "zero", "not finite"),
+    "overflows_in_the_resampler.wav": (np.resize([3.4e38, -3.4e38, -3.4e38], 16000 * 30), "zero", "not finite"),
 }
 
 
 def test_every_bad_clip_has_its_outcome_and_the_run_goes_on(run_script, tmp_path):
     for name, (content, _, _) in BAD.items():
-        path = tmp_path / name
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content == "folder":
-            path.mkdir()
-        elif content == "nan":
-            soundfile.write(path, np.full(11025 * 30, np.nan), 11025, "FLOAT")
-        elif content == "loud":
-            soundfile.write(path, np.resize([3.4e38, -3.4e38, -3.4e38], 16000 * 30), 16000, "FLOAT")
-        elif content == "none":
-            soundfile.write(path, np.empty(0), 11025)
-        elif content:
-            soundfile.write(path, tone(11025, content), 11025)
+        if content is Path.mkdir:
+            (tmp_path / name).mkdir()
+        elif isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        elif content is not None:
+            soundfile.write(tmp_path / name, content, 16000 if "resampler" in name else 11025, "FLOAT")
     soundfile.write(tmp_path / "Zoë's song é.wav", tone(16000, SECONDS, channels=2), 16000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(11025 * 30), 11025)
     soundfile.write(tmp_path / "whole.flac", tone(11025, 30), 11025)
@@ -208,34 +198,41 @@ def test_only_one_clip_of_magnatagatune(run_script, shared, tmp_path):
     assert "25,862 of 25,863 clips are bad" in done.stderr
 
 
-def start(data, *arguments):
-    command = [sys.executable, str(ROOT / "gen_spectrograms.py"), "--data", str(data), *arguments]
+def start(data, n_chunks, *arguments):
+    command = [sys.executable, ROOT / "gen_spectrograms.py", "--data", data, "--n-chunks", str(n_chunks), *arguments]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
-
-
-def await_worker(process, moment=lambda: True):
-    """Return the pid of a script's only worker process once `moment()` is true."""
+def wait_until(moment):
     deadline = time.monotonic() + 60
-    while not (children(process.pid) and moment()):
-        assert process.poll() is None and time.monotonic() < deadline
+    while not moment():
+        assert time.monotonic() < deadline
         time.sleep(0.002)
-    return children(process.pid)[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
-def test_a_second_run_leaves_a_finished_dump_alone(run_script, clips):
+def wait_for_clips(data, n_clips=1):
+    wait_until(lambda: sum(path.read_bytes().count(b"\n") for path in data.glob("*.journal")) >= n_clips)
+
+
+def workers(process):
+    """Return the pids of a run's worker processes, once it has any."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(children.read_text)
+    return [int(child) for child in children.read_text().split()]
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
+
+
+@on_linux
+def test_a_second_run_leaves_a_finished_dump_alone(clips):
     """The worker that waits for the first run's lock goes on when the dump is complete and its journal is gone."""
-    journal = clips / "spectrograms_0.journal"
-    first = start(clips, "--n-chunks", "1")
-    writing = await_worker(first, lambda: journal.exists() and journal.read_bytes())
+    first = start(clips, 1)
+    wait_for_clips(clips)
+    (writing,) = workers(first)
     os.kill(writing, signal.SIGSTOP)
-    second = start(clips, "--n-chunks", "1")
-    waiting = await_worker(second)
+    second = start(clips, 1)
+    (waiting,) = workers(second)
     time.sleep(0.5)  # it waits for the lock by now
     os.kill(waiting, signal.SIGSTOP)
     os.kill(writing, signal.SIGCONT)
@@ -251,39 +248,37 @@ def test_two_runs_at_once_complete_one_dump(clips):
     for _ in range(3):
         for path in [*clips.glob("spectrograms_*"), clips / "dump.json"]:
             path.unlink(missing_ok=True)
-        both = [start(clips, "--n-chunks", "2") for _ in range(2)]
+        both = [start(clips, 2) for _ in range(2)]
         errors = [process.communicate(timeout=60)[1].decode() for process in both]
         assert [process.returncode for process in both] == [0, 0], errors
         Dump(clips).band_sums()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
+@on_linux
 def test_a_run_that_finds_another_at_work_says_so(clips):
-    first = start(clips, "--n-chunks", "1")
-    os.kill(await_worker(first, (clips / "spectrograms_0.journal").exists), signal.SIGSTOP)
+    first = start(clips, 1)
+    wait_for_clips(clips)
+    (writing,) = workers(first)
+    os.kill(writing, signal.SIGSTOP)
     for arguments in ([], ["--overwrite"]):
-        second = start(clips, "--n-chunks", "1", *arguments)
+        second = start(clips, 1, *arguments)
         error = second.communicate(timeout=60)[1].decode()
         assert second.returncode == 1 and "spectrograms_0.npy: another process is making it" in error
         assert error.count("\n") == 1
-    os.kill(children(first.pid)[0], signal.SIGCONT)
+    os.kill(writing, signal.SIGCONT)
     assert first.wait(60) == 0
     Dump(clips).band_sums()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
+@on_linux
 @pytest.mark.parametrize("victim", ["parent", "worker"])
 def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, tmp_path_factory, victim):
-    reference = tmp_path_factory.mktemp("reference")
-    for path in clips.iterdir():
-        (reference / path.name).write_bytes(path.read_bytes())
+    reference = shutil.copytree(clips, tmp_path_factory.mktemp("reference"), dirs_exist_ok=True)
     run_script("gen_spectrograms.py", "--data", reference, "--n-chunks", 2)
 
-    process = start(clips, "--n-chunks", "2")
-    while not list(clips.glob("*.journal")) or max(os.path.getsize(path) for path in clips.glob("*.journal")) < 20:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    os.kill(process.pid if victim == "parent" else children(process.pid)[0], signal.SIGKILL)
+    process = start(clips, 2)
+    wait_for_clips(clips)
+    os.kill(process.pid if victim == "parent" else workers(process)[0], signal.SIGKILL)
     error = process.communicate(timeout=60)[1].decode()
     if victim == "worker":
         assert process.returncode == 1 and "the same command goes on" in error and "Traceback" not in error
@@ -297,11 +292,9 @@ def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, tmp_pa
     assert contents(clips) == contents(reference)
 
 
-def test_a_damaged_partial_file_is_not_trusted(run_script, clips, tmp_path_factory):
-    process = start(clips, "--n-chunks", "1")
-    journal = clips / "spectrograms_0.journal"
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
-        time.sleep(0.002)
+def test_a_damaged_partial_file_is_not_trusted(run_script, clips):
+    process = start(clips, 1)
+    wait_for_clips(clips, 5)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     with open(clips / "spectrograms_0.npy.partial", "r+b") as file:
@@ -312,7 +305,7 @@ def test_a_damaged_partial_file_is_not_trusted(run_script, clips, tmp_path_facto
     Dump(clips).band_sums()
 
 
-def test_several_machines_divide_the_chunks(run_script, clips, tmp_path_factory):
+def test_several_machines_divide_the_chunks(run_script, clips):
     assert "still needs" in run_script("gen_spectrograms.py", "--data", clips, "--chunks", "3-6,0").stdout
     done = run_script("gen_spectrograms.py", "--data", clips, "--chunks", "1,2,7")
     assert "21 spectrograms" in done.stdout
@@ -325,10 +318,8 @@ def test_several_machines_divide_the_chunks(run_script, clips, tmp_path_factory)
 def test_a_dump_made_with_other_settings_is_never_mixed(run_script, clips):
     run_script("gen_spectrograms.py", "--data", clips)
     before = contents(clips)
-    assert (
-        "n_chunks (8 there, 4 now)"
-        in run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 4, status=1).stderr
-    )
+    done = run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 4, status=1)
+    assert "n_chunks (8 there, 4 now)" in done.stderr
     (clips / "spectrograms_2.npy").rename(clips / "elsewhere")
     assert "spectrograms_2.npy: missing" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
     (clips / "elsewhere").rename(clips / "spectrograms_2.npy")
@@ -359,10 +350,9 @@ def test_a_damaged_dump_is_named(run_script, clips):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_is_one_line_and_the_next_start_goes_on(run_script, clips):
     # A limit on the size of files makes write() fail as a full disk does, with another error number
-    command = (
-        f"trap '' XFSZ; ulimit -f 2000; exec {sys.executable} {ROOT}/gen_spectrograms.py --data {clips} --n-chunks 1"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    command = f"{sys.executable} {ROOT}/gen_spectrograms.py --data {clips} --n-chunks 1"
+    limited = ["bash", "-c", f"trap '' XFSZ; ulimit -f 2000; exec {command}"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "spectrograms_0.npy" in done.stderr
     run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 1)
