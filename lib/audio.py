@@ -70,7 +70,8 @@ def decode(path, seconds=None):
             while n_left > 0:
                 n_wanted = min(n_left, 1 << 19)
                 block = file.read(n_wanted, dtype="float32", always_2d=True)
-                blocks.append(sum(block.T) / file.channels)  # in a fifth of the time of NumPy's mean
+                # A sum of channels takes a fifth of the time of NumPy's mean
+                blocks.append(block[:, 0] if file.channels == 1 else sum(block.T) / file.channels)
                 # After a short block, libsndfile would search an mp3's end, and might repeat a damaged one's middle
                 n_left = n_left - n_wanted if len(block) == n_wanted else 0
             return np.concatenate(blocks), file.samplerate
@@ -121,9 +122,11 @@ def log_mel(samples, n_frames=N_FRAMES):
     window, filters = _window_and_filters()
     half = N_FFT // 2
     n_samples = (n_frames - 1) * HOP_LENGTH
-    samples = samples[: n_samples + half].astype(np.float64)  # what the last frame reaches
-    samples = np.pad(samples, (0, max(n_samples - len(samples), N_FFT - len(samples), 0)))
-    frames = torch.from_numpy(np.pad(samples, half, mode="reflect")).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
+    samples = samples[: n_samples + half]  # what the last frame reaches
+    missing = max(n_samples, N_FFT) - len(samples)
+    samples = np.pad(samples, (0, missing)) if missing > 0 else samples
+    reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
+    frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
     mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
     with torch.inference_mode():
         for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
