@@ -99,8 +99,7 @@ def begin_or_continue(data, plan, chunks, overwrite):
     if overwrite:
         delete_dump(data)
     if not (data / MANIFEST).exists():
-        unexpected = next(data.glob("spectrograms_*"), None)
-        if unexpected:
+        if unexpected := next(data.glob("spectrograms_*"), None):
             raise InputError(f"{unexpected}: of a dump without {MANIFEST}; move it away or start over with --overwrite")
         write_manifest(data, {**plan, "complete": False})
     manifest = manifest_of(data, plan)
@@ -121,8 +120,7 @@ def delete_dump(data):
 def manifest_of(data, plan):
     """Return the dump's manifest. Raises InputError if it is of another plan: another process may have begun anew."""
     manifest = read_manifest(data) or {}
-    differing = [key for key in plan if manifest.get(key) != plan[key]]
-    if differing:
+    if differing := [key for key in plan if manifest.get(key) != plan[key]]:
         found = ", ".join(f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in differing)
         raise InputError(f"{data / MANIFEST}: made with other settings: {found}; start over with --overwrite")
     return manifest

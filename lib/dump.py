@@ -60,8 +60,7 @@ class Chunk:
 
     def is_complete(self):
         n_bytes = len(self.header) + self.n_clips * CLIP_BYTES
-        whole = self.file.exists() and self.file.stat().st_size == n_bytes
-        return whole and len(self.entries()) == self.n_clips
+        return self.file.exists() and self.file.stat().st_size == n_bytes and len(self.entries()) == self.n_clips
 
 
 class ChunkWriter:
