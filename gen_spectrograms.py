@@ -51,7 +51,7 @@ def main():
     chunks, rows = divide(settings.data, plan["n_clips"], settings.n_chunks)
     chosen = parse_chunks(settings.chunks, len(chunks))
     with dump_lock(settings.data):
-        manifest = begin_or_continue(settings.data, plan, chunks, settings.overwrite)
+        manifest = begin_or_continue(settings.data, plan, settings.overwrite)
     if not manifest["complete"]:
         unfinished = [index for index in chosen if not chunks[index].is_complete()]
         make_chunks(plan, [(chunks[i], [annotations.mp3_paths[row] for row in rows[i]]) for i in unfinished])
@@ -91,7 +91,7 @@ def parse_chunks(text, n_chunks):
     return sorted(chosen) if text else list(range(n_chunks))
 
 
-def begin_or_continue(data, plan, chunks, overwrite):
+def begin_or_continue(data, plan, overwrite):
     """Return the manifest: a new dump's, or that of a dump which can be completed or used.
 
     The caller holds the dump's lock. Raises InputError if the dump was made with other settings, or is damaged.

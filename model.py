@@ -23,7 +23,6 @@ class Settings:
 
 
 N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
-CLIPS_AT_ONCE_ON_CPU = 4  # see MultiScaleCNN.forward
 
 
 def main():
@@ -71,19 +70,12 @@ class MultiScaleCNN(nn.Module):
         self.top = nn.Linear(500, n_tags)
 
     def forward(self, spectrograms):
-        # No value before the batch norm depends on another clip. On a CPU, a few clips at a time keep the first
-        # layers' output (16 MB a clip) in the cache: the same numbers in less time and memory.
-        clips_at_once = CLIPS_AT_ONCE_ON_CPU if spectrograms.device.type == "cpu" else max(len(spectrograms), 1)
-        features = torch.cat([self.features(clips) for clips in spectrograms.split(clips_at_once)])
-        features = self.dropout(self.batch_norm(features))
-        return self.top(F.relu(self.hidden(features)))
-
-    def features(self, spectrograms):
-        """(clips, 1, 128, 628) -> (clips, 5040), channel by channel."""
         half = F.avg_pool2d(spectrograms, (2, 4))
         quarter = F.avg_pool2d(half, (2, 4))
         branches = self.branch1(spectrograms), self.branch2(half), self.branch3(quarter)
-        return self.joined(torch.cat(branches, dim=1))
+        features = self.joined(torch.cat(branches, dim=1))  # (clips, 5040), channel by channel
+        features = self.dropout(self.batch_norm(features))
+        return self.top(F.relu(self.hidden(features)))
 
 
 class ConvPool(nn.Sequential):

@@ -64,7 +64,7 @@ class Settings:
     resident: Literal["auto", "yes", "no"] = "auto"  # keep all spectrograms on the device; auto: on CUDA with room
 
 
-CLIPS_AHEAD = 3000  # are read before they are needed, where they do not live on the device: 1 GB
+CLIPS_AHEAD = 512  # are read before they are needed, where they do not live on the device: 160 MB
 
 
 def main():

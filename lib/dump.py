@@ -177,7 +177,8 @@ class Dump:
         try:
             if not mapped:
                 self._require(path, crc_of_file(path))
-            return np.load(path, mmap_mode="r" if mapped else None)
+            array = np.lib.format.open_memmap(path, mode="r")  # which refuses pickles
+            return array if mapped else np.array(array)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; {ANEW}") from None
         except (InputError, OSError):

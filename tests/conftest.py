@@ -85,7 +85,7 @@ def write_dump(data, n_clips, seed=0):
     plan = plan_dump(data / "tags.csv", annotations, n_chunks=3)
     chunks, _ = divide(data, n_clips, 3)
     with dump_lock(data):
-        begin_or_continue(data, plan, chunks, overwrite=False)
+        begin_or_continue(data, plan, overwrite=False)
         for chunk in chunks:
             writer = ChunkWriter(chunk)
             for _ in range(chunk.n_clips):
