@@ -160,7 +160,7 @@ def score_part(settings, checkpoint, labels, probabilities, baseline, info, rows
     ours = scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed)
     result = {
         "clips": len(rows),
-        **macro_scores(ours),
+        **ours.macro(),
         "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag["roc_auc"]) if np.isnan(score)],
@@ -170,12 +170,8 @@ def score_part(settings, checkpoint, labels, probabilities, baseline, info, rows
     }
     if baseline is not None:
         its = scores.scores_of(labels, baseline[rows], groups, settings.resamples, settings.seed)
-        result["baseline"] = {**macro_scores(its), "network_minus_baseline": macro_scores(ours.minus(its))}
+        result["baseline"] = {**its.macro(), "network_minus_baseline": ours.minus(its).macro()}
     return result
-
-
-def macro_scores(found):
-    return {name: found.macro(name) for name in found.per_tag}
 
 
 def per_tag_rows(tag_names, labels, found):
@@ -215,17 +211,9 @@ def write_results(results, folder):
 
 
 def write_json(path, results):
+    """Write `results` with null in place of NaN, which JSON does not have."""
     with whole_file(path, "w", encoding="utf-8") as file:
-        json.dump(without_nan(results), file, indent=1, allow_nan=False)
-
-
-def without_nan(value):
-    """Return dicts and lists of any depth with None in place of NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+        json.dump(json.loads(json.dumps(results), parse_constant=lambda _: None), file, indent=1)
 
 
 def draw_results(results, tag_names, labels, probabilities, folder):
@@ -335,7 +323,7 @@ def compare_experiments(settings, checkpoint, labels, rows_of, dump, info, devic
         "against": settings.against,
         "clips": len(rows),
         "intervals": intervals(settings, info),
-        **macro_scores(difference),
+        **difference.macro(),
         "tags": per_tag_rows(tags, labels, difference),
     }
     print_comparison(result)

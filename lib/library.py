@@ -8,7 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lib.audio import HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
@@ -114,16 +113,9 @@ def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
         if pictures.setdefault(picture, file) == file:
             break
     times, probabilities = taggram(tagger, samples)
-    top = np.argsort(-probabilities.mean(axis=0), kind="stable")[:n_tags]
-    figures.taggram(
-        picture,
-        log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH),
-        [tagger.tag_names[tag] for tag in top],
-        times,
-        probabilities[:, top],
-        title=path.name.encode(errors="backslashreplace").decode(),  # a file's name need not be UTF-8
-        synthetic=tagger.synthetic,
-    )
+    spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
+    title = path.name.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
+    figures.taggram(picture, spectrogram, tagger.tag_names, times, probabilities, title, n_tags, tagger.synthetic)
     print(f"  {picture}", file=sys.stderr)
 
 

@@ -72,10 +72,10 @@ class Scores(NamedTuple):
     per_tag: dict
     resampled: dict
 
-    def macro(self, name):
-        """Return the mean over the tags and the ends of its 95% interval."""
-        low, high = interval(macro(self.resampled[name]))
-        return {"value": macro(self.per_tag[name]), "low": low, "high": high}
+    def macro(self):
+        """Return the mean of each score over the tags, and the ends of its 95% interval."""
+        columns = {name: (macro(self.per_tag[name]), *interval(macro(self.resampled[name]))) for name in self.per_tag}
+        return {name: dict(zip(("value", "low", "high"), column)) for name, column in columns.items()}
 
     def minus(self, other):
         """Return how much better these scores are. Both have to be of the same clips and seed: a paired difference.

@@ -37,7 +37,7 @@ def test_the_paired_interval_is_that_of_a_loop_over_scikit_learn():
         assert found.per_tag[name] == pytest.approx(expected)
         assert found.resampled[name] == pytest.approx(np.array(differences))
         low, high = np.percentile(np.mean(differences, axis=1), [2.5, 97.5])
-        assert found.macro(name) == pytest.approx({"value": expected.mean(), "low": low, "high": high})
+        assert found.macro()[name] == pytest.approx({"value": expected.mean(), "low": low, "high": high})
 
 
 def test_the_baseline_is_scikit_learns_and_knows_the_training_clips_alone():

@@ -35,11 +35,9 @@ def test_leakage_by_hand():
     assert found["clips_of_other_tracks"] == 2 and np.isnan(found["roc_auc_of_other_tracks"])
 
 
-def test_json_has_no_nan():
-    assert evaluate.without_nan({"a": [0.5, np.nan, {"b": np.nan}], "c": "d"}) == {
-        "a": [0.5, None, {"b": None}],
-        "c": "d",
-    }
+def test_json_has_no_nan(tmp_path):
+    evaluate.write_json(tmp_path / "results.json", {"a": [0.5, np.nan, {"b": np.float64("nan")}], "c": "NaN"})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": [0.5, None, {"b": None}], "c": "NaN"}
 
 
 def make_checkpoint(path, n_tags=3, **changes):

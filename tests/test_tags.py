@@ -10,7 +10,10 @@ from lib.common import InputError
 from conftest import ROOT
 from tags import SYNONYMS, clip_info_of, merge_synonyms, read_annotations, select_tags, top_tags
 
-TABLE = '"clip_id"\t"guitar"\t"no beat"\t"guitars"\t"mp3_path"\r\n"7"\t"0"\t"1"\t"0"\t"a/7.mp3"\r\n"3"\t"0"\t"0"\t"1"\t"b/3.mp3"\r\n'
+TABLE = (
+    '"clip_id"\t"guitar"\t"no beat"\t"guitars"\t"mp3_path"\r\n'
+    '"7"\t"0"\t"1"\t"0"\t"a/7.mp3"\r\n"3"\t"0"\t"0"\t"1"\t"b/3.mp3"\r\n'
+)
 
 
 def written(folder, text):
