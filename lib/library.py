@@ -12,6 +12,7 @@ import torch
 
 from lib.audio import HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
 from lib.common import InputError, lock, progress, reason, whole_file
+from lib.dump import crc_of_file
 from lib.feeder import load_ahead
 from lib.tagger import Tagger, audio_files, silence_decoders, taggram, windows
 
@@ -32,7 +33,7 @@ def tag_files(settings, checkpoint_path):
         print(f"error: {problem}", file=sys.stderr)
 
     if settings.csv:
-        return 1 if tag_library(settings.csv, tagger, files) + len(problems) else 0
+        return 1 if tag_library(settings.csv, tagger, crc_of_file(checkpoint_path), files) + len(problems) else 0
 
     found, pictures, n_errors = {}, {}, len(problems)
     try:
@@ -75,10 +76,10 @@ def tagged(tagger, files):
         yield path, samples, tags
 
 
-def tag_library(table, tagger, files):
+def tag_library(table, tagger, checkpoint, files):
     """Tag the files that are not in the table yet, one row for each as it is done; return how many got no tags."""
     n_errors = 0
-    with continued_table(table, files, tagger.tag_names) as (missing, add):
+    with continued_table(table, files, tagger.tag_names, checkpoint) as (missing, add):
         print(f"{table}: {len(files) - len(missing):,} of {len(files):,} files are in it already")
         for path, samples, tags in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
             if isinstance(tags, Exception):
@@ -120,13 +121,14 @@ def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
 
 
 @contextlib.contextmanager
-def continued_table(path, files, tag_names):
+def continued_table(path, files, tag_names, checkpoint):
     """Open the table of a library; yield (files that it lacks, a function that adds the row of a file).
 
     Each row is in the table once it is added. A row that a kill cut off is dropped, and so is that of a file which has
-    changed since. Raises InputError if `path` is another table, or another process is at work on it.
+    changed since. Raises InputError if `path` is another table, or has rows of another checkpoint than the one whose
+    file has the CRC-32 `checkpoint`, or if another process is at work on it.
     """
-    header = ["path", "seconds", *tag_names, "bytes", "modified", "note"]
+    header = ["path", "seconds", *tag_names, "bytes", "modified", "checkpoint", "note"]
     with lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is at work on it; wait for its end"):
         encoding = {"newline": "", "errors": "surrogateescape"}
         first_line = io.StringIO(newline="")
@@ -139,7 +141,9 @@ def continued_table(path, files, tag_names):
             raise InputError(f"{path}: not a table of these tags; move it away, or give --csv another name")
         stamps = {str(file): _stamp(file) for file in files}
         rows = csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline=""))
-        rows = [row for row in rows if row[-3:-1] == stamps.get(row[0], row[-3:-1])][1:]
+        rows = [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])][1:]
+        if any(row[-2] != checkpoint for row in rows):
+            raise InputError(f"{path}: has rows of another checkpoint; move it away, or give --csv another name")
         with whole_file(path, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
             csv.writer(file).writerows([header, *rows])
         done = {row[0] for row in rows}
@@ -148,7 +152,7 @@ def continued_table(path, files, tag_names):
 
             def add(path, seconds, probabilities, note=""):
                 values = [f"{value:.6f}" for value in probabilities] or [""] * len(tag_names)
-                table.writerow([path, seconds, *values, *stamps[str(path)], note])
+                table.writerow([path, seconds, *values, *stamps[str(path)], checkpoint, note])
                 file.flush()
 
             yield [file for file in files if str(file) not in done], add

@@ -76,9 +76,9 @@ def test_the_clips_that_are_worth_a_listen(tmp_path):
     assert rows[0] == {"tag": "slow", "annotators": "0", "network": "0.9000", "clip_id": "1", "mp3_path": "1.mp3"}
 
 
-def fill(table, files, tags=("slow",)):
+def fill(table, files, tags=("slow",), checkpoint="0a1b2c3d"):
     """Complete the table of a library; return the files that it lacked."""
-    with continued_table(table, files, list(tags)) as (missing, add):
+    with continued_table(table, files, list(tags), checkpoint) as (missing, add):
         for file in missing:
             add(file, 29.1, [0.25])
     return missing
@@ -110,6 +110,8 @@ def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_pa
     before = table.read_bytes()
     with pytest.raises(InputError, match="not a table of these tags"):
         fill(table, files, tags=["slow", "fast"])
+    with pytest.raises(InputError, match="rows of another checkpoint"):
+        fill(table, files, checkpoint="4e5f6071")
     assert table.read_bytes() == before
     with pytest.raises(InputError, match="not a table of these tags"):
         fill(files[0], files)
