@@ -213,7 +213,7 @@ def write_results(results, folder):
 def write_json(path, results):
     """Write `results` with null in place of NaN, which JSON does not have."""
     with whole_file(path, "w", encoding="utf-8") as file:
-        json.dump(json.loads(json.dumps(results), parse_constant=lambda _: None), file, indent=1)
+        json.dump(json.loads(json.dumps(results), parse_constant={"NaN": None}.__getitem__), file, indent=1)
 
 
 def draw_results(results, tag_names, labels, probabilities, folder):

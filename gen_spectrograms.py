@@ -25,7 +25,7 @@ import numpy as np
 
 from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, SAMPLE_RATE, decode, log_mel, resample
 from lib.audio import log_mel_spectrogram  # noqa: F401 - for other programs
-from lib.common import ROOT, InputError, Range, progress, reason, run, settings_from_command_line, whole_file
+from lib.common import ROOT, InputError, Range, naming, progress, reason, run, settings_from_command_line, whole_file
 from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump
 from lib.dump import crc_of_file, dump_lock, read_manifest, write_manifest
 from tags import annotations_path, read_annotations
@@ -159,7 +159,7 @@ def make_chunk(plan, chunk, mp3_paths, failures):
     keep_freed_memory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the mp3 decoder comments on every damaged frame
     try:
-        with chunk.lock():
+        with naming(chunk.file), chunk.lock():
             if manifest_of(chunk.file.parent, plan)["complete"] or chunk.is_complete():
                 return  # another process has completed it while this one waited
             writer = ChunkWriter(chunk)
@@ -171,8 +171,6 @@ def make_chunk(plan, chunk, mp3_paths, failures):
                         return  # the parent process was killed
             writer.finish()
     except Exception as error:
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = str(chunk.file)  # a full disk does not say which file it had no room for
         error.add_note(traceback.format_exc())  # for the parent, which gets the error without its traceback
         failures.put(error)
 

@@ -102,6 +102,16 @@ def progress(iterable=None, desc=None, total=None, **options):
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Give an OSError that names no file the name of `path`: a full disk does not say which file it had no room for."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(path, mode="wb", durable=True, **options):
     """Open `path` for writing so that it appears complete or not at all, whenever the process dies.
 
@@ -111,17 +121,15 @@ def whole_file(path, mode="wb", durable=True, **options):
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, mode, **options) as file:
+        with naming(path), open(partial, mode, **options) as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = str(path)  # a full disk does not say which file it had no room for
         raise
 
 

@@ -74,8 +74,11 @@ class Scores(NamedTuple):
 
     def macro(self):
         """Return the mean of each score over the tags, and the ends of its 95% interval."""
-        columns = {name: (macro(self.per_tag[name]), *interval(macro(self.resampled[name]))) for name in self.per_tag}
-        return {name: dict(zip(("value", "low", "high"), column)) for name, column in columns.items()}
+        means = {}
+        for name, per_tag in self.per_tag.items():
+            low, high = interval(macro(self.resampled[name]))
+            means[name] = {"value": macro(per_tag), "low": low, "high": high}
+        return means
 
     def minus(self, other):
         """Return how much better these scores are. Both have to be of the same clips and seed: a paired difference.
