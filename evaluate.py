@@ -5,9 +5,6 @@ on the clips that neither was trained on. With --tag, prints the most likely tag
 From Python: Tagger("experiments/paper/best.pt")("song.mp3") gives {tag: probability}.
 """
 
-import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
-
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ import torch
 from lib import scores
 from lib.baseline import band_features, baseline_predictions
 from lib.checkpoint import load_checkpoint
-from lib.common import ROOT, InputError, Range, run, settings_from_command_line, whole_file
+from lib.common import ROOT, InputError, Range, run, settings_from_command_line, whole_file, write_table
 from lib.dump import Dump
 from lib.feeder import Feeder, predict
 from lib.library import tag_files
@@ -90,14 +87,7 @@ def main():
     for part in EVALUATED:
         results[part] = score_part(settings, checkpoint, labels, probabilities[part], baseline, info, rows_of, part)
     print_results(results, checkpoint)  # first: no full disk can lose them
-    write_results(results, path.parent)
-    clips = {part: [(dump.ids[row], dump.path_of(row)) for row in rows_of[part]] for part in EVALUATED}
-    for part in EVALUATED:
-        table = path.parent / f"predictions_{part}.csv"
-        write_predictions(table, clips[part], checkpoint["tag_names"], probabilities[part])
-    test = checkpoint["tag_names"], labels[rows_of["test"]], probabilities["test"]
-    write_worth_a_listen(path.parent / "worth_a_listen.csv", clips["test"], *test)
-    draw_results(results, *test, path.parent)
+    write_results(path.parent, results, checkpoint["tag_names"], labels, probabilities, rows_of, dump)
 
 
 # Scores
@@ -201,28 +191,26 @@ def leakage(labels, probabilities, info, rows, training_rows):
 # What is written and printed
 
 
-def write_results(results, folder):
+def write_results(folder, results, tag_names, labels, probabilities, rows_of, dump):
+    """Write the scores, the predictions and the pictures into `folder`."""
+    from lib import figures  # matplotlib takes a while to import
+
     write_json(folder / "results.json", results)
-    with whole_file(folder / "per_tag.csv", "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, ["part", *results["test"]["tags"][0]])
-        table.writeheader()
-        for part in EVALUATED:
-            table.writerows({"part": part, **row} for row in results[part]["tags"])
+    rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
+    write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
+    clips = {part: [(dump.ids[row], dump.path_of(row)) for row in rows_of[part]] for part in EVALUATED}
+    for part in EVALUATED:
+        write_predictions(folder / f"predictions_{part}.csv", clips[part], tag_names, probabilities[part])
+    test = tag_names, labels[rows_of["test"]], probabilities["test"]
+    write_worth_a_listen(folder / "worth_a_listen.csv", clips["test"], *test)
+    figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
+    figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
 
 
 def write_json(path, results):
     """Write `results` with null in place of NaN, which JSON does not have."""
     with whole_file(path, "w", encoding="utf-8") as file:
         json.dump(json.loads(json.dumps(results), parse_constant={"NaN": None}.__getitem__), file, indent=1)
-
-
-def draw_results(results, tag_names, labels, probabilities, folder):
-    """Draw the pictures of the test scores beside the checkpoint."""
-    from lib import figures  # matplotlib takes a while to import
-
-    synthetic = results["synthetic"]
-    figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=synthetic)
-    figures.tag_correlations(folder / "correlations.png", tag_names, labels, probabilities, synthetic=synthetic)
 
 
 def print_results(results, checkpoint):
@@ -265,25 +253,17 @@ def print_part(part, result):
     print(f"  within a clip      ROC-AUC {format_score(result['clip_roc_auc'])}; precision {precision}")
     if result["one_class"]:
         print(f"  left out           {', '.join(result['one_class'])}: only one class among these clips")
-    if result["leakage"]:
-        print_leakage(**result["leakage"])
-    if result["baseline"]:
-        print_baseline(**result["baseline"])
-
-
-def print_leakage(share_of_track, share_of_album, share_of_artist, clips_of_other_tracks, roc_auc_of_other_tracks):
-    shares = f"track {share_of_track:.1%}, album {share_of_album:.1%}, artist {share_of_artist:.1%}"
-    print(f"  also in training   {shares} of the clips")
-    auc = roc_auc_of_other_tracks
-    score = "too few to score" if np.isnan(auc) else f"ROC-AUC {format_score(auc)}"
-    print(f"  other tracks only  {score} ({clips_of_other_tracks:,} clips)")
-
-
-def print_baseline(roc_auc, average_precision, network_minus_baseline):
-    gain, precision = network_minus_baseline["roc_auc"], format_interval(average_precision)
-    print(f"  baseline           ROC-AUC {format_interval(roc_auc)}, average precision {precision}")
-    verdict = "" if gain["low"] > 0 else ": not clearly better than a logistic regression on the mel bands' loudness"
-    print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
+    if leakage := result["leakage"]:
+        shares = ", ".join(f"{kind} {leakage[f'share_of_{kind}']:.1%}" for kind in ("track", "album", "artist"))
+        auc = format_score(leakage["roc_auc_of_other_tracks"])
+        print(f"  also in training   {shares} of the clips")
+        print(f"  other tracks only  ROC-AUC {auc} ({leakage['clips_of_other_tracks']:,} clips)")
+    if baseline := result["baseline"]:
+        roc_auc, precision = format_interval(baseline["roc_auc"]), format_interval(baseline["average_precision"])
+        gain = baseline["network_minus_baseline"]["roc_auc"]
+        verdict = "" if gain["low"] > 0 else ": not clearly better than a logistic regression on mel bands' loudness"
+        print(f"  baseline           ROC-AUC {roc_auc}, average precision {precision}")
+        print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
 
 
 # Two experiments

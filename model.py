@@ -1,9 +1,7 @@
 """The paper's three-branch convolutional network, and the original program's initial weights.
 
-Run as a script, prints the layers with the sizes of their outputs.
+Run as a script, prints the layers.
 """
-
-import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,18 +24,9 @@ N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
 
 
 def main():
-    net = MultiScaleCNN(settings_from_command_line(Settings, __doc__).n_tags).eval()
-    for name, layer in net.named_modules():
-        if not list(layer.children()) and name != "dropout":
-            layer.register_forward_hook(lambda layer, _, output, name=name: print_layer(name, layer, output))
-    net(torch.zeros(1, 1, 128, 628))
+    net = MultiScaleCNN(settings_from_command_line(Settings, __doc__).n_tags)
+    print(net)
     print(f"{sum(weights.numel() for weights in net.parameters()):,} parameters")
-
-
-def print_layer(name, layer, output):
-    sizes = " x ".join(map(str, output.shape[1:]))
-    n_parameters = sum(weights.numel() for weights in layer.parameters())
-    print(f"{name:<16}{type(layer).__name__:<18}{sizes:<18}{f'{n_parameters:,}' if n_parameters else ''}")
 
 
 class MultiScaleCNN(nn.Module):

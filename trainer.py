@@ -5,8 +5,6 @@ last.pt (everything that --resume needs), hyperparameters.json, history.csv (a r
 With several GPUs or machines: torchrun --nproc-per-node=N trainer.py trains the same experiment.
 """
 
-import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +21,7 @@ from lib.feeder import Feeder, predict
 from lib.graph import GraphedStep
 from lib.parallel import autocast, choose_device, is_main_process, joined_processes, n_processes, prepare_device
 from lib.parallel import share_of_this_process, sum_gradients
-from lib.report import Losses, note_bad_clips, note_one_class_tags, print_epoch, print_scores, print_summary
+from lib.report import Losses, print_epoch, print_scores, print_summary
 from lib.scores import macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - split_clips: for other programs
 from model import MultiScaleCNN, initialize
@@ -78,7 +76,6 @@ def main():
 def train(settings, device, dtype, folder, saved):
     """Run the experiment, or what is left of it after the checkpoint `saved`, and print its scores."""
     dump = Dump(settings.data)
-    note_bad_clips(dump)
     labels, tag_names = select_tags(dump.labels, dump.tag_names, settings.n_tags, settings.merge_tags)
 
     torch.manual_seed(settings.seed)
@@ -90,7 +87,14 @@ def train(settings, device, dtype, folder, saved):
     use_graph = device.type == "cuda" and settings.graph and n_processes() == 1
     optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=True, capturable=use_graph)
 
-    experiment = describe(settings, dump, tag_names, parts)
+    experiment = {
+        "tag_names": tag_names,
+        "front_end": dump.front_end,
+        "hyperparameters": hyperparameters(settings),
+        "clip_ids": {part: torch.from_numpy(np.sort(dump.ids[rows])) for part, rows in parts.items()},
+        "dump": dump.fingerprint,
+        "synthetic": dump.synthetic,
+    }
     history = []
     started = load_checkpoint(settings.start_from) if settings.start_from else None
     if saved:
@@ -99,15 +103,17 @@ def train(settings, device, dtype, folder, saved):
         history = saved["history"]
     elif started:
         take_weights(started, net, tag_names, dump.front_end)
-    first_epoch = len(history) or 1
-    note_one_class_tags(labels[parts["validation"]], tag_names)
 
-    mean, std = normalization(settings, dump, parts["train"], started)
+    sums, squares = dump.band_sums()  # reads the whole dump, and compares its checksums
+    rows = parts["train"] if settings.normalize_on == "train" else slice(None)
+    mean, std = band_normalization(sums[rows], squares[rows])
+    if started:
+        mean, std = (started["normalization"][name].numpy() for name in ("mean", "std"))
     experiment["normalization"] = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
     n_ahead = CLIPS_AHEAD // settings.batch_size
     feeder = Feeder(dump, labels, (mean, std), device, getattr(torch, settings.precision), n_ahead, settings.resident)
     n_steps = len(epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size))
-    print_summary(settings, experiment, net, device, n_steps, first_epoch)
+    print_summary(settings, experiment, dump, net, device, n_steps, n_done=len(history[1:]))
 
     def step(spectrograms, targets, n_clips):
         """Take one step on this process's share of a batch of `n_clips`; return its part of the loss, 0-d."""
@@ -146,7 +152,7 @@ def train(settings, device, dtype, folder, saved):
         finish_epoch(0, loss=None)
     elif is_main_process():
         write_outputs(folder, saved, is_last=True)  # a kill may have come between last.pt and these
-    for epoch in range(first_epoch, settings.epochs + 1):
+    for epoch in range(max(1, len(history)), settings.epochs + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(epoch, settings)
         net.train()
@@ -167,27 +173,6 @@ def train(settings, device, dtype, folder, saved):
 def learning_rate_at(epoch, settings):
     """Return the learning rate of an epoch, counted from 1."""
     return settings.learning_rate / 10 ** sum(epoch > drop for drop in settings.drop_after)
-
-
-def describe(settings, dump, tag_names, parts):
-    """Return what a checkpoint says besides the weights, the history and the normalisation."""
-    return {
-        "tag_names": tag_names,
-        "front_end": dump.front_end,
-        "hyperparameters": hyperparameters(settings),
-        "clip_ids": {part: torch.from_numpy(np.sort(dump.ids[rows])) for part, rows in parts.items()},
-        "dump": dump.fingerprint,
-        "synthetic": dump.synthetic,
-    }
-
-
-def normalization(settings, dump, train, started):
-    """Return the mean and standard deviation of each mel band; reads the whole dump, and compares its checksums."""
-    sums, squares = dump.band_sums()
-    if started:
-        return tuple(started["normalization"][name].numpy() for name in ("mean", "std"))
-    rows = train if settings.normalize_on == "train" else slice(None)
-    return band_normalization(sums[rows], squares[rows])
 
 
 if __name__ == "__main__":

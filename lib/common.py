@@ -1,9 +1,10 @@
 """What every script needs: settings and their ranges, one-line errors, progress, whole files, locks."""
 
 import contextlib
+import csv
 import errno
+import functools
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS_BETWEEN_LINES = 30  # of progress, where the output is no terminal
+progress = functools.partial(tqdm, disable=None)  # shows nothing where the output is no terminal: logs stay readable
 
 
 class InputError(Exception):
@@ -52,8 +53,6 @@ def run(main, to_continue="the same command goes on from here"):
 
     Exit status: what `main` returns (None is 0), 1 for bad input or a failed file operation, 130 for Ctrl-C.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see lib/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell's >&-
             setattr(sys, name, open(os.devnull, "w"))
@@ -79,26 +78,6 @@ def reason(error):
         return "too large for the memory"
     first_line = next(iter(str(error).splitlines()), "")
     return first_line if isinstance(error, InputError) else f"{type(error).__name__}: {first_line}"
-
-
-class PlainLines:
-    """A stream for tqdm that writes each state of a progress bar as a line of its own."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(f"{text.strip()}\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
-def progress(iterable=None, desc=None, total=None, **options):
-    """Return a tqdm bar; where the output is no terminal, it prints a plain line now and then instead."""
-    if not sys.stderr.isatty():
-        options |= dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES)
-        options |= {"file": PlainLines(), "leave": False}
-        options["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-    return tqdm(iterable, desc, total, **options)
 
 
 @contextlib.contextmanager
@@ -131,6 +110,12 @@ def whole_file(path, mode="wb", durable=True, **options):
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def write_table(path, rows, **options):
+    """Write `rows`, each a sequence of values, as a CSV file; `options` are those of csv.writer."""
+    with whole_file(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, **options).writerows(rows)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """An experiment's folder: claimed by one run, checked before that goes on, and filled with what shows its progress."""
 
 import contextlib
-import csv
 import dataclasses
 import json
 import time
@@ -9,11 +8,10 @@ import time
 import torch
 
 from lib.checkpoint import load_checkpoint, save
-from lib.common import InputError, lock, whole_file
+from lib.common import InputError, lock, whole_file, write_table
 from lib.parallel import barrier, is_main_process
 
 NOT_HYPERPARAMETERS = {"data", "experiments", "name", "resume", "overwrite", "device", "compile", "graph", "resident"}
-MAY_GROW = {"epochs", "drop_after"}  # between a run and its resumption, as far as no finished epoch is concerned
 # Besides last.pt, by trainer.py and by evaluate.py
 OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.*")
 OUTPUTS += ("correlations.png", "taggram_*.png", "predictions_*.csv", "worth_a_listen.csv", "comparison.*")
@@ -24,13 +22,9 @@ SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, which 
 def claimed_folder(settings):
     """Hold the experiment's folder for this run alone; yield (folder, the checkpoint to resume from or None)."""
     folder = settings.experiments / settings.name
-    if settings.resume and settings.overwrite:
-        raise InputError("--resume goes on and --overwrite begins anew: give one of them")
-    with contextlib.ExitStack() as held:
-        if is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            busy = f"{folder}: another trainer.py is at work in it; wait for its end, or choose another --name"
-            held.enter_context(lock(folder / ".lock", busy))
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"{folder}: another trainer.py is at work in it; wait for its end, or choose another --name"
+    with lock(folder / ".lock", busy) if is_main_process() else contextlib.nullcontext():
         barrier()  # the other processes look into the folder once it is held
         yield folder, saved_experiment(folder, settings)
 
@@ -41,6 +35,8 @@ def saved_experiment(folder, settings):
     Raises InputError where beginning would overwrite an experiment, or resuming would change it.
     """
     last, best = folder / "last.pt", folder / "best.pt"
+    if settings.resume and settings.overwrite:
+        raise InputError("--resume goes on and --overwrite begins anew: give one of them")
     if settings.overwrite or not (last.exists() or best.exists()):
         return None
     if not settings.resume:
@@ -60,17 +56,18 @@ def saved_experiment(folder, settings):
 
 def require_same_hyperparameters(saved, settings, path):
     """Raise InputError if `settings` would have made other epochs than those that `saved` has behind it."""
-    then, now, n_epochs = saved["hyperparameters"], hyperparameters(settings), saved["history"][-1]["epoch"]
+    n_epochs = saved["history"][-1]["epoch"]
+
+    def of_finished_epochs(chosen):
+        drops = sorted(drop for drop in chosen["drop_after"] if drop < n_epochs)
+        return {**chosen, "drop_after": drops, "epochs": min(chosen["epochs"], n_epochs)}
+
+    then, now = of_finished_epochs(saved["hyperparameters"]), of_finished_epochs(hyperparameters(settings))
     differing = [
         f"{name} ({then.get(name)} there, {value} now)"
         for name, value in now.items()
-        if name not in NOT_HYPERPARAMETERS | MAY_GROW and then.get(name, getattr(type(settings), name)) != value
+        if name not in NOT_HYPERPARAMETERS and then.get(name, getattr(type(settings), name)) != value
     ]
-    drops = [sorted(drop for drop in each["drop_after"] if drop < n_epochs) for each in (then, now)]
-    if drops[0] != drops[1]:
-        differing.append(f"drop_after ({then['drop_after']} there, {now['drop_after']} now)")
-    if settings.epochs < n_epochs:
-        differing.append(f"epochs ({n_epochs} are done, {settings.epochs} are asked for)")
     if differing:
         raise InputError(f"{path}: begun with other hyperparameters: {', '.join(differing)}; resume with the same")
 
@@ -93,17 +90,12 @@ def write_outputs(folder, checkpoint, is_last):
 
     history, curves = checkpoint["history"], folder / "curves.png"
     if len(history) == 1:
-        began = (folder / "last.pt").stat().st_mtime_ns
         for path in [path for pattern in OUTPUTS for path in folder.glob(pattern)]:
-            if path.stat().st_mtime_ns < began:
-                path.unlink()
+            path.unlink()
     if history[-1]["best"]:
         save(folder / "best.pt", {name: value for name, value in checkpoint.items() if name != "continuation"})
     with whole_file(folder / "hyperparameters.json", "w", encoding="utf-8") as file:
         json.dump(checkpoint["hyperparameters"], file, indent=1)
-    with whole_file(folder / "history.csv", "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, history[0])
-        table.writeheader()
-        table.writerows(history)
+    write_table(folder / "history.csv", [history[0], *(row.values() for row in history)])
     if is_last or not curves.exists() or time.time() - curves.stat().st_mtime > SECONDS_BETWEEN_PICTURES:
         training_curves(curves, history, synthetic=checkpoint["synthetic"])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import InputError, progress
+from lib.common import progress
 
 
 class Feeder:
@@ -73,20 +73,13 @@ def load_ahead(load, parts, n_ahead, n_threads=1):
 
 @torch.no_grad()
 def predict(net, feeder, rows, batch_size):
-    """Return the probabilities of the dump's `rows`: (rows, tags) float64.
-
-    Raises InputError if one is not finite, as after training that went wrong.
-    """
+    """Return the probabilities of the dump's `rows`: (rows, tags) float64."""
     net.eval()
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     bar = progress(parts, "predicting", unit="batch", delay=1, leave=False)
-    logits = torch.cat([net(spectrograms) for _, (spectrograms, _) in zip(bar, feeder.batches(parts))])
-    return to_probabilities(logits, f"{feeder.dump.data}: predictions are not finite; a lower --learning-rate may help")
+    return to_probabilities(torch.cat([net(spectrograms) for _, (spectrograms, _) in zip(bar, feeder.batches(parts))]))
 
 
-def to_probabilities(logits, complaint):
-    """Return the sigmoid of `logits` as a NumPy array of float64. Raises InputError(complaint) if one is not finite."""
-    probabilities = torch.sigmoid(logits.cpu().double())  # on the CPU: Apple's GPUs have no float64
-    if not probabilities.isfinite().all():
-        raise InputError(complaint)
-    return probabilities.numpy()
+def to_probabilities(logits):
+    """Return the sigmoid of `logits` as a NumPy array of float64."""
+    return torch.sigmoid(logits.cpu().double()).numpy()  # on the CPU: Apple's GPUs have no float64

@@ -1,4 +1,4 @@
-"""What a run of the trainer prints: notes on the data, a summary, the loss, and each epoch's score."""
+"""What a run of the trainer prints: a summary, the loss, and each epoch's score."""
 
 import numpy as np
 import torch
@@ -10,39 +10,22 @@ from lib.scores import compare_with_paper, format_score
 STEPS_PER_READING = 100  # of the loss, on a GPU, which has to wait for each
 
 
-def note_bad_clips(dump):
-    """Say that some clips are bad. Raises InputError if most of them are."""
-    bad = f"{dump.n_bad:,} of {len(dump):,} clips are bad"
-    if dump.n_bad > len(dump) / 2:
-        raise InputError(f"{dump.data}: {bad} (bad_clips.csv); too few to train on")
-    if dump.n_bad:
-        print_once(f"note: {bad}: all zeros, and used all the same, as in the original")
-
-
-def note_one_class_tags(labels, tag_names):
-    """Name the tags that validation, whose `labels` these are, can't score."""
-    names = [name for name, column in zip(tag_names, labels.T) if np.ptp(column) == 0]
-    if len(names) == len(tag_names):
-        print_once("note: the validation clips agree on every tag, so no score can choose: the last epoch is kept")
-    elif names:
-        print_once(f"note: left out of the validation mean, because all its clips agree on them: {', '.join(names)}")
-
-
-def print_summary(settings, experiment, net, device, n_steps, first_epoch):
+def print_summary(settings, experiment, dump, net, device, n_steps, n_done):
     n_tags = len(experiment["tag_names"])
     fewer = f" (all there are; {settings.n_tags} were asked for)" if n_tags < settings.n_tags else ""
     rounding = " with TF32 matrix products" if device.type == "cuda" and settings.tf32 else ""
     train, validation, test = (f"{len(ids):,}" for ids in experiment["clip_ids"].values())
-    print_once(f"data       {settings.data}{' (synthetic)' if experiment['synthetic'] else ''}")
-    print_once(f"clips      {train} training, {validation} validation, {test} test")
+    bad = f"; {dump.n_bad:,} are bad: all zeros, and used all the same, as in the original" if dump.n_bad else ""
+    print_once(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
+    print_once(f"clips      {train} training, {validation} validation, {test} test{bad}")
     print_once(f"tags       {n_tags} tags{fewer}")
     print_once(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
     print_once(f"machine    {device}, {settings.precision}{rounding}, {n_processes()} process(es)")
     print_once(f"schedule   {settings.epochs} epochs of {n_steps:,} steps, learning rate {settings.learning_rate:g}")
     if device.type == "cpu":
         note_speed_of_bfloat16(settings.precision)
-    if first_epoch > 1:
-        print_once(f"resuming   after epoch {first_epoch - 1}")
+    if n_done:
+        print_once(f"resuming   after epoch {n_done}")
 
 
 class Losses:
@@ -51,8 +34,8 @@ class Losses:
     def __init__(self, epoch, n_steps, device):
         self.epoch, self.values, self.unread = epoch, [], []
         self.steps_per_reading = 1 if device.type == "cpu" else STEPS_PER_READING
-        options = {"unit": "step", "leave": False, "disable": not is_main_process()}
-        self.bar = progress(desc=f"epoch {epoch}", total=n_steps, **options)
+        others = None if is_main_process() else True
+        self.bar = progress(desc=f"epoch {epoch}", total=n_steps, unit="step", leave=False, disable=others)
 
     def append(self, loss):
         """Add this process's part of a step's loss, 0-d. Raises InputError at one that turns out not to be finite."""
@@ -62,13 +45,12 @@ class Losses:
             self._read()
 
     def _read(self):
-        first_step = len(self.values) + 1
-        self.values += sum_over_processes(torch.stack(self.unread)).tolist()
-        self.unread = []
-        for step, loss in enumerate(self.values[first_step - 1 :], start=first_step):
+        for loss in sum_over_processes(torch.stack(self.unread)).tolist():
+            self.values.append(loss)
             if not np.isfinite(loss):
-                where = f"epoch {self.epoch}, step {step}"
-                raise InputError(f"{where}: the loss is {loss}; a lower --learning-rate may help")
+                step = f"epoch {self.epoch}, step {len(self.values)}"
+                raise InputError(f"{step}: the loss is {loss}; a lower --learning-rate may help")
+        self.unread = []
         self.bar.set_postfix(loss=f"{self.values[-1]:.4f}", refresh=False)
 
     def mean(self):

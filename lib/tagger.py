@@ -71,7 +71,7 @@ class Tagger:
         with autocast(self.device, self.precision):
             batches = spectrograms.to(getattr(torch, self.precision)).split(CLIPS_AT_ONCE)
             logits = torch.cat([self.net(batch.to(self.device)).cpu() for batch in batches])
-        return to_probabilities(logits, "the network's answers are not finite; train again")
+        return to_probabilities(logits)
 
     def tags(self, spectrograms):
         """Return {tag: probability}, the most likely first: the mean over the spectrograms of a recording."""
