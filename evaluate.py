@@ -111,20 +111,18 @@ def clips_of(checkpoint, dump, other_data):
     for part, ids in checkpoint["clip_ids"].items():
         absent = [clip for clip in ids.tolist() if clip not in row_of]
         if absent:
-            few = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-            raise InputError(f"{dump.data}: lacks {len(absent):,} of the checkpoint's {part} clips: {few}")
+            raise InputError(
+                f"{dump.data}: lacks {len(absent):,} of the checkpoint's {part} clips, such as {absent[0]}"
+            )
         rows[part] = np.sort([row_of[clip] for clip in ids.tolist()])
     if checkpoint["dump"] != dump.fingerprint and not other_data:
-        raise InputError(
-            f"{dump.data}: not the dump that the checkpoint was trained on; point --data at that one, or score this "
-            "one with --other-data"
-        )
+        raise InputError(f"{dump.data}: not the dump that the checkpoint was trained on; --other-data scores it anyway")
     return labels[:, [names.index(name) for name in checkpoint["tag_names"]]], rows
 
 
 def predict_rows(checkpoint, dump, rows, device, settings):
     """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
-    normalization = (checkpoint["normalization"]["mean"].numpy(), checkpoint["normalization"]["std"].numpy())
+    normalization = [checkpoint["normalization"][name].numpy() for name in ("mean", "std")]
     net, precision = network_in_precision(checkpoint, device, settings.precision)
     feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision), resident="no")
     with autocast(device, precision):
@@ -287,16 +285,13 @@ def compare_experiments(settings, checkpoint, labels, rows_of, dump, info, devic
     if not len(rows) or not tags:
         raise InputError(f"{settings.name}, {settings.against}: have no test clips, or no tags, in common")
     labels = labels[rows][:, [checkpoint["tag_names"].index(tag) for tag in tags]]
-    ours, theirs = (
-        scores.scores_of(
-            labels,
-            predict_rows(its, dump, rows, device, settings)[:, [its["tag_names"].index(tag) for tag in tags]],
-            groups_of(rows, info),
-            settings.resamples,
-            settings.seed,
-        )
-        for its in (checkpoint, other)
-    )
+    found = []
+    for its in (checkpoint, other):
+        columns = [its["tag_names"].index(tag) for tag in tags]
+        probabilities = predict_rows(its, dump, rows, device, settings)[:, columns]
+        groups = groups_of(rows, info)
+        found.append(scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed))
+    ours, theirs = found
     difference = ours.minus(theirs)
     result = {
         "name": settings.name,

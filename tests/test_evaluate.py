@@ -150,7 +150,7 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     make_checkpoint(changed["tags"], n_tags=2, tag_names=["slow", "harp"])
     make_checkpoint(changed["front_end"], front_end={"n_fft": 1024})
     for data, checkpoint, message in (
-        (fewer, good, "lacks 2 of the checkpoint's test clips: 139, 140"),
+        (fewer, good, "lacks 2 of the checkpoint's test clips, such as 139"),
         (evaluated, changed["tags"], "has no tag harp"),
         (evaluated, changed["front_end"], "another front end"),
         (other, good, "not the dump that the checkpoint was trained on"),
@@ -162,24 +162,6 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     done = call_script("evaluate.py", "--device", "cpu", *place, "--other-data", "--resamples", 9)
     assert "not the dump that the checkpoint was trained on" in done.stdout
     assert json.loads((tmp_path / "results.json").read_text())["other_data"]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--top", "-1"], "--top"),
-        (["--resamples", "0"], "--resamples"),
-        (["--resamples", "1000000"], "--resamples"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--seed", "-1"], "--seed"),
-        (["--tag"], "--tag"),
-        (["--device", "gramophone"], "--device"),  # before anything is read: there is no dump
-    ],
-)
-def test_impossible_settings_are_one_line(arguments, message, call_script, tmp_path):
-    checkpoint = make_checkpoint(tmp_path / "best.pt")
-    done = call_script("evaluate.py", "--checkpoint", checkpoint, "--data", tmp_path, *arguments, status=1)
-    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
