@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from lib.common import InputError, reason, whole_file
-from lib.parallel import print_once
 from model import MultiScaleCNN
 
 # What a checkpoint holds, with the type of each; last.pt has a "continuation" besides, see resume_state.
@@ -85,7 +84,7 @@ def take_weights(checkpoint, net, tag_names, front_end):
         weights = {name: value for name, value in weights.items() if not name.startswith("top.")}
     net.load_state_dict(weights, strict=same_tags)
     top = "with its own" if same_tags else "for other tags, with a fresh"
-    print_once(f"starting   from a checkpoint of epoch {checkpoint['history'][-1]['epoch']}, {top} last layer")
+    print(f"starting   from a checkpoint of epoch {checkpoint['history'][-1]['epoch']}, {top} last layer")
 
 
 # Resuming

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import numpy as np
 import torch
@@ -63,9 +63,9 @@ def note_speed_of_bfloat16(precision):
     knows = getattr(torch.cpu, "get_capabilities", dict)()
     has_bfloat16 = knows.get("avx512_bf16") or knows.get("amx_bf16")
     if has_bfloat16 and precision == "float32":
-        print_once("note: this CPU computes in bfloat16 too: --precision bfloat16 takes about half the time")
+        print("note: this CPU computes in bfloat16 too: --precision bfloat16 takes about half the time")
     if knows and not has_bfloat16 and precision == "bfloat16":
-        print_once("note: this CPU has no bfloat16 arithmetic: --precision bfloat16 will be slower than float32")
+        print("note: this CPU has no bfloat16 arithmetic: --precision bfloat16 will be slower than float32")
 
 
 def autocast(device, precision):
@@ -75,16 +75,20 @@ def autocast(device, precision):
 
 @contextmanager
 def joined_processes(device):
-    """Be one of the processes that torchrun started, if it did. Raises InputError if its environment is incomplete."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several:
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"WORLD_SIZE is set, but {reason(error)}: start processes with torchrun") from error
-    yield
-    if several:
-        dist.destroy_process_group()
+    """Be one of the processes that torchrun started, if it did; only the main one prints.
+
+    Raises InputError if torchrun's environment is incomplete.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"WORLD_SIZE is set, but {reason(error)}: start processes with torchrun") from error
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_main_process() else nowhere):
+        yield
+    dist.destroy_process_group()
 
 
 def n_processes():
@@ -100,11 +104,6 @@ def barrier():
     """Wait for the other processes."""
     if n_processes() > 1:
         dist.barrier()
-
-
-def print_once(text):
-    if is_main_process():
-        print(text)
 
 
 def share_of_this_process(rows):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lib.common import InputError, progress
-from lib.parallel import is_main_process, n_processes, note_speed_of_bfloat16, print_once, sum_over_processes
+from lib.parallel import is_main_process, n_processes, note_speed_of_bfloat16, sum_over_processes
 from lib.scores import compare_with_paper, format_score
 
 STEPS_PER_READING = 100  # of the loss, on a GPU, which has to wait for each
@@ -16,16 +16,16 @@ def print_summary(settings, experiment, dump, net, device, n_steps, n_done):
     rounding = " with TF32 matrix products" if device.type == "cuda" and settings.tf32 else ""
     train, validation, test = (f"{len(ids):,}" for ids in experiment["clip_ids"].values())
     bad = f"; {dump.n_bad:,} are bad: all zeros, and used all the same, as in the original" if dump.n_bad else ""
-    print_once(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
-    print_once(f"clips      {train} training, {validation} validation, {test} test{bad}")
-    print_once(f"tags       {n_tags} tags{fewer}")
-    print_once(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
-    print_once(f"machine    {device}, {settings.precision}{rounding}, {n_processes()} process(es)")
-    print_once(f"schedule   {settings.epochs} epochs of {n_steps:,} steps, learning rate {settings.learning_rate:g}")
+    print(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
+    print(f"clips      {train} training, {validation} validation, {test} test{bad}")
+    print(f"tags       {n_tags} tags{fewer}")
+    print(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
+    print(f"machine    {device}, {settings.precision}{rounding}, {n_processes()} process(es)")
+    print(f"schedule   {settings.epochs} epochs of {n_steps:,} steps, learning rate {settings.learning_rate:g}")
     if device.type == "cpu":
         note_speed_of_bfloat16(settings.precision)
     if n_done:
-        print_once(f"resuming   after epoch {n_done}")
+        print(f"resuming   after epoch {n_done}")
 
 
 class Losses:

@@ -3,7 +3,6 @@
 import numpy as np
 
 from lib.common import InputError
-from lib.parallel import print_once
 from lib.scores import PAPER_SIZES
 from tags import clip_info_of
 
@@ -39,7 +38,7 @@ def split_sizes(n_clips, train_size, validation_size):
     papers = (train_size, validation_size) == (PAPER_SIZES["train"], PAPER_SIZES["validation"])
     n_papers = sum(PAPER_SIZES.values())
     if papers and 3 <= n_clips < n_papers:
-        print_once(f"note: {n_clips:,} clips are fewer than the paper's {n_papers:,}; divided in the same proportions")
+        print(f"note: {n_clips:,} clips are fewer than the paper's {n_papers:,}; divided in the same proportions")
         validation_size = max(1, round(n_clips * validation_size / n_papers))
         train_size = min(round(n_clips * train_size / n_papers), n_clips - validation_size - 1)
     elif n_clips <= train_size + validation_size:
