@@ -196,7 +196,7 @@ def write_results(folder, results, tag_names, labels, probabilities, rows_of, du
     write_json(folder / "results.json", results)
     rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
     write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
-    clips = {part: [(dump.ids[row], dump.path_of(row)) for row in rows_of[part]] for part in EVALUATED}
+    clips = {part: [(dump.ids[row], dump.mp3_paths[row]) for row in rows_of[part]] for part in EVALUATED}
     for part in EVALUATED:
         write_predictions(folder / f"predictions_{part}.csv", clips[part], tag_names, probabilities[part])
     test = tag_names, labels[rows_of["test"]], probabilities["test"]

@@ -5,10 +5,7 @@ tag_names.npy, mp3_paths.npy, bad_clips.csv and dump.json, which says what the d
 the same command goes on after the last complete clip.
 """
 
-import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
-
 import contextlib
-import csv
 import hashlib
 import multiprocessing
 import os
@@ -25,9 +22,20 @@ import numpy as np
 
 from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, SAMPLE_RATE, decode, log_mel, resample
 from lib.audio import log_mel_spectrogram  # noqa: F401 - for other programs
-from lib.common import ROOT, InputError, Range, naming, progress, reason, run, settings_from_command_line, whole_file
-from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump
-from lib.dump import crc_of_file, dump_lock, read_manifest, write_manifest
+from lib.common import (
+    ROOT,
+    InputError,
+    Range,
+    naming,
+    progress,
+    reason,
+    run,
+    settings_from_command_line,
+    whole_file,
+    write_table,
+)
+from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump, crc_of_file
+from lib.dump import divide, dump_lock, read_manifest, write_manifest
 from tags import annotations_path, read_annotations
 
 
@@ -48,13 +56,12 @@ def main():
     annotations_file = annotations_path(settings.data)
     annotations = read_annotations(annotations_file)
     plan = plan_dump(annotations_file, annotations, settings.n_chunks)
-    chunks, rows = divide(settings.data, plan["n_clips"], settings.n_chunks)
+    chunks = divide(settings.data, plan["n_clips"], settings.n_chunks)
     chosen = parse_chunks(settings.chunks, len(chunks))
     with dump_lock(settings.data):
         manifest = begin_or_continue(settings.data, plan, settings.overwrite)
     if not manifest["complete"]:
-        unfinished = [index for index in chosen if not chunks[index].is_complete()]
-        make_chunks(plan, [(chunks[i], [annotations.mp3_paths[row] for row in rows[i]]) for i in unfinished])
+        make_chunks([chunks[index] for index in chosen if not chunks[index].is_complete()], plan, annotations.mp3_paths)
     with dump_lock(settings.data):
         manifest = finish(settings.data, plan, annotations, chunks)
         print_summary(settings.data, manifest, chunks)
@@ -68,16 +75,6 @@ def plan_dump(annotations_file, annotations, n_chunks):
         "n_chunks": n_chunks,
         "front_end": FRONT_END,
     }
-
-
-def divide(data, n_clips, n_chunks):
-    """Return (chunks, rows): the dump's files and, for each, the rows of the annotations it holds.
-
-    As in the original, each holds (n_clips - 1) // n_chunks + 1 clips, and the last ones what remains.
-    """
-    size = (n_clips - 1) // n_chunks + 1
-    rows = [range(min(start, n_clips), min(start + size, n_clips)) for start in range(0, size * n_chunks, size)]
-    return [Chunk(data, index, len(its_rows)) for index, its_rows in enumerate(rows)], rows
 
 
 def parse_chunks(text, n_chunks):
@@ -112,7 +109,7 @@ def delete_dump(data):
     """Delete a dump once no process is at work on any part of it."""
     with contextlib.ExitStack() as held:
         for index in {re.split("[_.]", path.name)[1] for path in data.glob("spectrograms_*")}:
-            held.enter_context(Chunk(data, index, 0).lock())
+            held.enter_context(Chunk(data, index, range(0)).lock())
         for path in [data / MANIFEST, *data.glob("spectrograms_*")]:
             path.unlink(missing_ok=True)
 
@@ -126,29 +123,32 @@ def manifest_of(data, plan):
     return manifest
 
 
-def make_chunks(plan, tasks):
-    """Make each (chunk, mp3 paths) of `tasks` in a process of its own, showing a progress bar."""
+def make_chunks(chunks, plan, mp3_paths):
+    """Make each of `chunks` in a process of its own, showing a progress bar. `mp3_paths` are those of all clips."""
     import soundfile, soxr, torch, librosa.filters  # noqa: E401, F401 - once, for all processes that are forked below
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
-    workers = [context.Process(target=make_chunk, args=(plan, *task, failures), daemon=True) for task in tasks]
-    with progress(total=sum(chunk.n_clips for chunk, _ in tasks), unit="clip", smoothing=0.05) as bar:
+    paths_of = {chunk: [mp3_paths[row] for row in chunk.rows] for chunk in chunks}
+    workers = [
+        context.Process(target=make_chunk, args=(*task, plan, failures), daemon=True) for task in paths_of.items()
+    ]
+    with progress(total=sum(map(len, paths_of.values())), unit="clip", smoothing=0.05) as bar:
         for worker in workers:
             worker.start()
         while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
             wait(alive, timeout=0.5)
-            bar.update(sum(len(chunk.entries()) for chunk, _ in tasks) - bar.n)
+            bar.update(sum(len(chunk.entries()) for chunk in chunks) - bar.n)
     if not failures.empty():
         raise failures.get()
-    for worker, (chunk, mp3_paths) in zip(workers, tasks):
+    for worker, chunk in zip(workers, chunks):
         if worker.exitcode:
-            near = ", ".join(mp3_paths[len(chunk.entries()) :][:1])
+            near = ", ".join(paths_of[chunk][len(chunk.entries()) :][:1])
             died = f"its process died (exit status {worker.exitcode}) near {near}"
             raise InputError(f"{chunk.file}: {died}; the same command goes on from there")
 
 
-def make_chunk(plan, chunk, mp3_paths, failures):
+def make_chunk(chunk, mp3_paths, plan, failures):
     """Worker process: make one chunk, from its first missing clip."""
     import torch
 
@@ -194,11 +194,9 @@ def finish(data, plan, annotations, chunks):
     if manifest["complete"] or not all(chunk.is_complete() for chunk in chunks):
         return manifest
     entries = [entry for chunk in chunks for entry in chunk.entries()]
-    with whole_file(data / "bad_clips.csv", "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("clip_id", "mp3_path", "outcome", "reason"))
-        rows = zip(annotations.ids, annotations.mp3_paths, entries)
-        table.writerows((clip, mp3_path, outcome, why) for clip, mp3_path, (_, outcome, why) in rows if outcome)
+    clips = zip(annotations.ids, annotations.mp3_paths, entries)
+    bad = [(clip, mp3_path, outcome, why) for clip, mp3_path, (_, outcome, why) in clips if outcome]
+    write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *bad])
     arrays = {
         "ids.npy": annotations.ids,
         "tags.npy": annotations.labels,

@@ -4,8 +4,6 @@ The clips come as one zip cut in three parts (3 GB, 25,863 clips), the annotatio
 tables. Started again after any interruption, the script goes on from where it was.
 """
 
-import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
-
 import dataclasses
 import hashlib
 import io

@@ -3,8 +3,6 @@
 Run as a script, prints the tags that training would use, with their counts.
 """
 
-import lib  # noqa: F401 - first: Ctrl-C during the slow imports below
-
 import csv
 from dataclasses import dataclass
 from pathlib import Path

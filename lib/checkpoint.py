@@ -15,7 +15,7 @@ CONTENTS = {
     "weights": dict,  # the network's state_dict
     "tag_names": list,  # in the order of the outputs
     "normalization": dict,  # "mean" and "std" of each mel band, (128,) float32 each
-    "front_end": dict,  # what the spectrograms were made with (lib.audio.FRONT_END); {} where nobody knows
+    "front_end": dict,  # what the spectrograms were made with (lib.audio.FRONT_END)
     "hyperparameters": dict,  # trainer.Settings
     "clip_ids": dict,  # the clips of "train", "validation" and "test", (clips,) int64 each
     "history": list,  # a dict for each epoch, from 0, which is before training; the last is the checkpoint's own

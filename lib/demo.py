@@ -13,7 +13,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import soundfile
 
-from lib.common import InputError, progress, whole_file
+from lib.common import InputError, progress, whole_file, write_table
 
 SAMPLE_RATE = 16000  # Hz
 N_SAMPLES = 464_640  # 29.04 s, which the encoder pads to MagnaTagATune's 809 frames of 576 samples
@@ -51,8 +51,9 @@ def render(folder, n_clips=192, seed=1337):
         for _ in progress(written, "rendering", len(missing), unit="clip"):
             pass
     origins = [[clip.number, *clip.origin, clip.path] for clip in clips]
-    write_table(folder / "clip_info_final.csv", [INFO_COLUMNS, *origins])
-    write_table(folder / "tags.csv", annotations(clips, seed))  # last: where it is, everything is
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_ALL}  # MagnaTagATune's
+    write_table(folder / "clip_info_final.csv", [INFO_COLUMNS, *origins], **dialect)
+    write_table(folder / "tags.csv", annotations(clips, seed), **dialect)  # last: where it is, everything is
 
 
 def claim(folder, n_clips, seed):
@@ -77,12 +78,6 @@ def write_clip(folder, seed, clip):
     (folder / clip.path).parent.mkdir(exist_ok=True)
     with whole_file(folder / clip.path) as file:
         file.write(encoded.getvalue())
-
-
-def write_table(path, rows):
-    """Write `rows` as MagnaTagATune does: tab-separated, every field quoted, lines ended by CRLF."""
-    with whole_file(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL).writerows(rows)
 
 
 @dataclass(frozen=True)

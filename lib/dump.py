@@ -25,19 +25,19 @@ ANEW = "gen_spectrograms.py --overwrite makes the dump anew"
 
 
 class Chunk:
-    """One file of the dump, made by one process: `n_clips` consecutive clips.
+    """One file of the dump, made by one process: the clips of `rows`, a range of the annotations' rows.
 
     Its journal has a line for each complete clip, written after the clip's spectrogram: the CRC-32 of the file
     up to the clip's end, an outcome and a reason, both empty for a good clip.
     """
 
-    def __init__(self, data, index, n_clips):
-        self.n_clips = n_clips
+    def __init__(self, data, index, rows):
+        self.rows = rows
         self.file = data / f"spectrograms_{index}.npy"
         self.partial = data / f"spectrograms_{index}.npy.partial"
         self.journal = data / f"spectrograms_{index}.journal"
         header = io.BytesIO()
-        layout = {"descr": "<f4", "fortran_order": False, "shape": (n_clips, N_MELS, N_FRAMES)}
+        layout = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), N_MELS, N_FRAMES)}
         np.lib.format.write_array_header_1_0(header, layout)
         self.header = header.getvalue()
 
@@ -58,9 +58,18 @@ class Chunk:
         entries = self.entries()
         return entries[-1][0] if entries else f"{zlib.crc32(self.header):08x}"
 
+    def has_file(self):
+        n_bytes = len(self.header) + len(self.rows) * CLIP_BYTES
+        return self.file.exists() and self.file.stat().st_size == n_bytes
+
     def is_complete(self):
-        n_bytes = len(self.header) + self.n_clips * CLIP_BYTES
-        return self.file.exists() and self.file.stat().st_size == n_bytes and len(self.entries()) == self.n_clips
+        return self.has_file() and len(self.entries()) == len(self.rows)
+
+
+def divide(data, n_clips, n_chunks):
+    """Return the Chunks of a dump. As in the original, each has (n_clips - 1) // n_chunks + 1 clips, the last fewer."""
+    size = (n_clips - 1) // n_chunks + 1
+    return [Chunk(data, index, range(n_clips)[index * size : (index + 1) * size]) for index in range(n_chunks)]
 
 
 class ChunkWriter:
@@ -76,7 +85,7 @@ class ChunkWriter:
         self.file.write(chunk.header)
         self.crc = zlib.crc32(chunk.header)
         verified = []
-        for entry in chunk.entries()[: chunk.n_clips]:
+        for entry in chunk.entries()[: len(chunk.rows)]:
             crc = zlib.crc32(self.file.read(CLIP_BYTES), self.crc)
             if f"{crc:08x}" != entry[0]:
                 break
@@ -141,110 +150,71 @@ def crc_of_file(path):
 class Dump:
     """A finished dump, memory-mapped: `ids`, `labels`, `tag_names` and `mp3_paths`, and spectrograms by row.
 
-    `front_end` is {} and `fingerprint` empty for another program's dump. Raises InputError if a file is missing,
-    damaged or does not belong to the others; the spectrograms' own checksums are compared in `band_sums`.
+    `fingerprint` is equal for two dumps of the same bytes; `n_bad` clips are all zeros. Raises InputError if a file is
+    missing or damaged; the spectrograms' own checksums are compared in `band_sums`.
     """
 
     def __init__(self, data):
         self.data = data
         self.manifest = read_manifest(data)
-        if self.manifest is None:
-            if not (data / "ids.npy").exists():
-                raise InputError(f"{data}: no spectrograms here; run gen_spectrograms.py --data {data}")
-            print(f"note: {data} has no {MANIFEST}: another program's dump, taken without checksums")
-        elif not self.manifest["complete"]:
-            raise InputError(f"{data / MANIFEST}: the dump is unfinished; run gen_spectrograms.py again to complete it")
-        known = self.manifest or {"crc32": {}, "front_end": {}, "synthetic": False, "outcomes": {"zero": 0}}
-        self.front_end, self.synthetic, self.n_bad = known["front_end"], known["synthetic"], known["outcomes"]["zero"]
-        self.fingerprint = ",".join(sorted(known["crc32"].values()))  # equal for two dumps of the same bytes
-        n_chunks = self.manifest["n_chunks"] if self.manifest else len(list(data.glob("spectrograms_*.npy")))
-        self.files = [data / f"spectrograms_{index}.npy" for index in range(n_chunks)]
-        self.chunks = [self._load(file.name, mapped=True) for file in self.files]
-        self.ids = self._load("ids.npy")
-        self.tag_names = [str(name) for name in self._load("tag_names.npy").ravel()]
-        self.labels = self._load("tags.npy")
-        self.mp3_paths = [str(path) for path in self._load("mp3_paths.npy")] if self.manifest else None
-        self._check()
-        self.labels = self.labels.astype(np.uint8)
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+        if not self.manifest or not self.manifest["complete"]:
+            raise InputError(f"{data}: no complete dump here; run gen_spectrograms.py --data {data}")
+        self.front_end, self.synthetic = self.manifest["front_end"], self.manifest["synthetic"]
+        self.n_bad = self.manifest["outcomes"]["zero"]
+        self.fingerprint = ",".join(sorted(self.manifest["crc32"].values()))
+        self.ids, self.labels = self._load("ids.npy"), self._load("tags.npy")
+        self.tag_names, self.mp3_paths = self._load("tag_names.npy").tolist(), self._load("mp3_paths.npy").tolist()
+        self.files = divide(data, self.manifest["n_clips"], self.manifest["n_chunks"])
+        self.chunks = [self._map(chunk) for chunk in self.files]
 
     def __len__(self):
         return len(self.ids)
 
-    def _load(self, name, mapped=False):
-        """Return an array; the checksum of one that is `mapped` into memory is compared where it is read."""
+    def _load(self, name):
         path = self.data / name
-        try:
-            if not mapped:
-                self._require(path, crc_of_file(path))
-            array = np.lib.format.open_memmap(path, mode="r")  # which refuses pickles
-            return array if mapped else np.array(array)
-        except FileNotFoundError:
-            raise InputError(f"{path}: missing; {ANEW}") from None
-        except (InputError, OSError):
-            raise
-        except Exception as error:  # a damaged header can fail in as many ways as it can be damaged
-            raise InputError(f"{path}: damaged ({error}); {ANEW}") from error
+        self._require(path, crc_of_file(path) if path.exists() else "")
+        return np.load(path, allow_pickle=False)
 
-    def _check(self):
-        """Raise InputError unless all arrays are what the docstring at the top says; another program wrote them."""
-        for file, chunk in zip(self.files, self.chunks):
-            order = "C order" if chunk.flags.c_contiguous else "Fortran order"
-            if (chunk.dtype, chunk.shape[1:], order) != (np.float32, (N_MELS, N_FRAMES), "C order"):
-                found = f"{chunk.dtype} {chunk.shape} in {order}"
-                raise InputError(f"{file}: holds {found}, not float32 (clips, {N_MELS}, {N_FRAMES}) in C order")
-        if self.ids.dtype.kind not in "iu" or self.ids.ndim != 1:
-            raise InputError(f"{self.data / 'ids.npy'}: holds {self.ids.dtype} {self.ids.shape}, not integers (clips,)")
-        n_clips, n_distinct = len(self.ids), len(np.unique(self.ids))
-        n_spectrograms = sum(len(chunk) for chunk in self.chunks)
-        if not n_spectrograms == n_clips == n_distinct or self.labels.shape != (n_clips, len(self.tag_names)):
-            found = f"{n_spectrograms:,} spectrograms, {n_clips:,} ids ({n_distinct:,} distinct)"
-            found += f", {len(self.tag_names)} tag names and labels {self.labels.shape}"
-            raise InputError(f"{self.data}: files that don't belong together: {found}")
-        if self.labels.dtype.kind not in "biuf" or not np.isin(self.labels, (0, 1)).all():
-            raise InputError(f"{self.data / 'tags.npy'}: holds other values than 0 and 1")
+    def _map(self, chunk):
+        if not chunk.has_file():
+            self._require(chunk.file, "")
+        return np.memmap(chunk.file, "<f4", "r", len(chunk.header), (len(chunk.rows), N_MELS, N_FRAMES))
 
     def _require(self, file, crc):
-        if self.manifest and crc != self.manifest["crc32"].get(file.name):
-            raise InputError(f"{file}: damaged or from another dump; {ANEW}")
+        if crc != self.manifest["crc32"][file.name]:
+            raise InputError(f"{file}: missing, damaged or from another dump; {ANEW}")
 
     def band_sums(self):
         """Return each clip's sum and sum of squares over frames, (2, clips, 128) float64, checking every byte.
 
-        Raises InputError if a file of spectrograms is not the one that dump.json knows, or holds NaN.
+        Raises InputError if a file of spectrograms is not the one that dump.json knows.
         """
         bar = progress(desc="normalization", total=len(self), unit="clip", delay=1, leave=False)
         with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
             sums = list(pool.map(self._band_sums_of_chunk, self.files, self.chunks, [bar] * len(self.files)))
         return np.concatenate(sums, axis=1)
 
-    def _band_sums_of_chunk(self, file, chunk, bar):
-        with open(file, "rb") as opened:
-            crc = zlib.crc32(opened.read(file.stat().st_size - chunk.nbytes))
-        sums = np.empty((2, len(chunk), N_MELS))
-        for start in range(0, len(chunk), 8):
+    def _band_sums_of_chunk(self, chunk, spectrograms, bar):
+        with open(chunk.file, "rb") as file:
+            crc = zlib.crc32(file.read(len(chunk.header)))
+        sums = np.empty((2, len(spectrograms), N_MELS))
+        for start in range(0, len(spectrograms), 8):
             rows = slice(start, start + 8)  # so few stay in the cache
-            clips = chunk[rows]
+            clips = spectrograms[rows]
             crc = zlib.crc32(clips, crc)
             exact = clips.astype(np.float64)
             sums[0, rows] = exact.sum(axis=2)
             sums[1, rows] = np.einsum("cbt,cbt->cb", exact, exact)
             bar.update(len(clips))
-        self._require(file, f"{crc:08x}")
-        if not np.isfinite(sums[1]).all():
-            raise InputError(f"{file}: holds values that are not finite; {ANEW}")
+        self._require(chunk.file, f"{crc:08x}")
         return sums
-
-    def path_of(self, row):
-        """Return the audio file of a row, relative to the data folder; empty for another program's dump."""
-        return self.mp3_paths[row] if self.mp3_paths else ""
 
     def gather(self, rows, normalization, out):
         """Copy the spectrograms of `rows` into `out` (rows, 128, 628) float32, normalised per mel band."""
         mean, std = normalization
-        chunk_of_row = np.searchsorted(self.starts, rows, side="right") - 1
-        for target, row, chunk in zip(out, rows, chunk_of_row):
-            np.subtract(self.chunks[chunk][row - self.starts[chunk]], mean[:, None], out=target)
+        for target, row in zip(out, rows):
+            chunk, place = divmod(row, len(self.chunks[0]))
+            np.subtract(self.chunks[chunk][place], mean[:, None], out=target)
             np.divide(target, std[:, None], out=target)
 
 

@@ -1,10 +1,8 @@
 """Predictions that are kept as tables: of each clip, and of the clips that are worth a listen."""
 
-import csv
-
 import numpy as np
 
-from lib.common import whole_file
+from lib.common import write_table
 
 WORTH_A_LISTEN = 10  # clips of each tag, in each direction
 
@@ -15,7 +13,7 @@ def write_predictions(path, clips, tag_names, probabilities):
     They have nine digits, more than any score needs.
     """
     rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips, probabilities)]
-    _write(path, [("clip_id", "mp3_path", *tag_names), *rows])
+    write_table(path, [("clip_id", "mp3_path", *tag_names), *rows])
 
 
 def write_worth_a_listen(path, clips, tag_names, labels, probabilities):
@@ -29,9 +27,4 @@ def write_worth_a_listen(path, clips, tag_names, labels, probabilities):
             candidates = np.flatnonzero(label == annotated)
             most = np.argsort(-np.abs(values[candidates] - annotated), kind="stable")[:WORTH_A_LISTEN]
             rows += [(name, annotated, f"{values[clip]:.4f}", *clips[clip]) for clip in candidates[most]]
-    _write(path, rows)
-
-
-def _write(path, rows):
-    with whole_file(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
+    write_table(path, rows)

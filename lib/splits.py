@@ -13,8 +13,6 @@ def divide_clips(settings, dump, rng):
     `rng`, a numpy.random.RandomState, draws what is random. Raises InputError for a split that leaves a part empty.
     """
     if settings.split == "folder":
-        if dump.mp3_paths is None:
-            raise InputError(f"{dump.data}: --split folder needs the clips' paths, which only our own dumps have")
         parts = split_by_folder(dump.mp3_paths, rng)
     else:
         sizes = split_sizes(len(dump), settings.train_size, settings.validation_size)

@@ -29,7 +29,7 @@ class Tagger:
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
         checkpoint = load_checkpoint(checkpoint_path)
-        if checkpoint["front_end"] not in ({}, FRONT_END):
+        if checkpoint["front_end"] != FRONT_END:
             raise InputError(f"{checkpoint_path}: trained on spectrograms of another front end; train again")
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
         self.device = choose_device(device)

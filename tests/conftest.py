@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gen_spectrograms import begin_or_continue, divide, finish, plan_dump
+from gen_spectrograms import begin_or_continue, finish, plan_dump
 from lib.audio import N_FRAMES, N_MELS
 from lib.common import run as run_main
-from lib.dump import ChunkWriter, dump_lock
+from lib.dump import ChunkWriter, divide, dump_lock
 from tags import read_annotations
 
 SHARED = ROOT.parent / "shared"
@@ -83,12 +83,12 @@ def write_dump(data, n_clips, seed=0):
     (data / "tags.csv").write_text("\n".join(["clip_id\tguitar\tflute\tslow\tmp3_path", *lines]))
     annotations = read_annotations(data / "tags.csv")
     plan = plan_dump(data / "tags.csv", annotations, n_chunks=3)
-    chunks, _ = divide(data, n_clips, 3)
+    chunks = divide(data, n_clips, 3)
     with dump_lock(data):
         begin_or_continue(data, plan, overwrite=False)
         for chunk in chunks:
             writer = ChunkWriter(chunk)
-            for _ in range(chunk.n_clips):
+            for _ in chunk.rows:
                 writer.append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
             writer.finish()
         finish(data, plan, annotations, chunks)

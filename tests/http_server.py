@@ -92,14 +92,6 @@ def stop_after(sent, then=close):
     return trick
 
 
-def slow(handler, content):
-    """Take a second."""
-    behave(handler, content, 0)
-    for start in range(0, len(content), len(content) // 10 + 1):
-        handler.wfile.write(content[start:][: len(content) // 10 + 1])
-        time.sleep(0.1)
-
-
 def answer(status, body=b"", length=True, **headers):
     """Answer with these, whatever was asked for; without `length`, as very simple servers do, not saying how long."""
 

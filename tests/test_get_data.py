@@ -235,17 +235,6 @@ def test_pauses(monkeypatch, tmp_path, server):
     assert paused == [60, 7, 4, 8, 16, 32, 60, 60]
 
 
-def test_long_downloads_print_a_line_now_and_then(monkeypatch, tmp_path, server, capsys):
-    monkeypatch.setattr("lib.common.SECONDS_BETWEEN_LINES", 0.3)
-    server.tricks[PART] = [web.slow]
-    settings = get_data.Settings(data=tmp_path, hosts=(server.url,))
-    get_data.fetch(settings, PART, tmp_path / PART, md5(FILE))
-    lines = capsys.readouterr().err.splitlines()
-    assert 1 <= len(lines) <= 4
-    for line in lines:
-        assert re.fullmatch(r"fetching mp3.zip.001: \d+\.?\d*k of 210k, +\d+kB/s, 00:0\d left", line)
-
-
 def test_no_host_delivers(client, server, nobody):
     server.tricks[PART] = [web.answer(500)] * 3
     line = client.error(nobody, server.url)

@@ -189,8 +189,6 @@ def test_only_one_clip_of_magnatagatune(run_script, shared, tmp_path):
     done = run_script("gen_spectrograms.py", "--data", tmp_path, status=1)
     assert "25,862 of 25,863 clips are bad" in done.stderr
     assert len((tmp_path / "bad_clips.csv").read_text().splitlines()) == 1 + 25862
-    done = run_script("trainer.py", "--data", tmp_path, "--experiments", tmp_path / "experiments", status=1)
-    assert "25,862 of 25,863 clips are bad" in done.stderr
 
 
 def start(data, n_chunks, *arguments):
@@ -280,7 +278,7 @@ def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, tmp_pa
     error = process.communicate(timeout=60)[1].decode()
     if victim == "worker":
         assert process.returncode == 1 and "the same command goes on" in error and "Traceback" not in error
-    with pytest.raises(InputError, match="unfinished"):
+    with pytest.raises(InputError, match="no complete dump"):
         Dump(clips)
     half_written = max(clips.glob("*.partial"), key=os.path.getsize)
     with open(half_written, "r+b") as file:
