@@ -134,8 +134,8 @@ def intervals(settings, info):
 
 
 def groups_of(rows, info):
-    """Return the number of each clip's track, as lib.scores.bootstrap takes it; without `info`, of each clip."""
-    return np.unique([str(info[row].track) for row in rows], return_inverse=True)[1] if info else np.arange(len(rows))
+    """Return each clip's track, as lib.scores.bootstrap takes it; without `info`, each clip is a group of its own."""
+    return [str(info[row].track) for row in rows] if info else rows
 
 
 def score_part(settings, checkpoint, labels, probabilities, baseline, info, rows_of, part):

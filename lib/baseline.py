@@ -21,11 +21,9 @@ def baseline_predictions(features, labels, train):
     from sklearn.preprocessing import StandardScaler
 
     features = StandardScaler().fit(features[train]).transform(features)
-    probabilities = np.empty(labels.shape)
+    probabilities = np.tile(labels[train[0]].astype(float), (len(labels), 1))  # of a tag that never varies in training
     for column, label in enumerate(progress(labels.T, "baseline", unit="tag", leave=False)):
         if np.ptp(label[train]):
             model = LogisticRegression(C=BASELINE_C, max_iter=1000).fit(features[train], label[train])
             probabilities[:, column] = model.predict_proba(features)[:, 1]
-        else:
-            probabilities[:, column] = label[train[0]]
     return probabilities

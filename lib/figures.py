@@ -25,6 +25,7 @@ STYLE = {
     "text.parse_math": False,  # a dollar sign in a file's name begins no formula
 }
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
+ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}  # the axes: a legend's place
 
 
 @contextlib.contextmanager
@@ -64,6 +65,17 @@ def training_curves(path, history, synthetic=False):
     return figure
 
 
+def _intervals(axes, rows):
+    """Draw the 95% interval of each row's score, the first row at the top; return (places, scores, low, high)."""
+    names = ("roc_auc", "roc_auc_low", "roc_auc_high")
+    scores, low, high = np.array([[row[name] for row in rows] for name in names])
+    places = np.arange(len(rows))
+    axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
+    axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    axes.grid(axis="y", color="0.9")
+    return places, scores, low, high
+
+
 def per_tag_roc_auc(path, rows, synthetic=False):
     """Draw each tag's score with its 95% interval, best first, and beside it how common the tag is.
 
@@ -71,24 +83,19 @@ def per_tag_roc_auc(path, rows, synthetic=False):
     last three NaN where the clips are all positive or all negative.
     """
     rows = sorted(rows, key=lambda row: (np.isnan(row["roc_auc"]), -np.nan_to_num(row["roc_auc"]), row["tag"]))
-    names = ("roc_auc", "roc_auc_low", "roc_auc_high", "prevalence")
-    scores, low, high, prevalence = np.array([[row[name] for row in rows] for name in names])
-    places = np.arange(len(rows))
     with _picture(path, "ROC-AUC of each tag", 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
         score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-        score_axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
+        places, scores, _, _ = _intervals(score_axes, rows)
         score_axes.plot(scores, places, "o", color=BLUE, markersize=4)
         score_axes.axvline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
         mean = macro(scores)
         score_axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1, label=f"mean {format_score(mean)}")
         for place in places[np.isnan(scores)]:
             score_axes.text(0.51, place, "one class only", va="center", style="italic", color=GREY)
-        score_axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-        score_axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
+        score_axes.legend(**ABOVE)
         score_axes.set(xlabel="ROC-AUC and its 95% interval", xlim=(None, 1.01))
-        bar_axes.barh(places, 100 * prevalence, height=0.6, color="0.6", zorder=2)
+        bar_axes.barh(places, [100 * row["prevalence"] for row in rows], height=0.6, color="0.6", zorder=2)
         bar_axes.set_xlabel("prevalence\n(% of clips)")
-        score_axes.grid(axis="y", color="0.9")
         bar_axes.grid(axis="y", color="0.9")
     return figure
 
@@ -99,19 +106,15 @@ def tag_differences(path, rows, title, synthetic=False):
     `rows` are like those of `per_tag_roc_auc`, of differences.
     """
     rows = sorted((row for row in rows if np.isfinite(row["roc_auc"])), key=lambda row: -row["roc_auc"])
-    names = ("roc_auc", "roc_auc_low", "roc_auc_high")
-    values, low, high = np.array([[row[name] for row in rows] for name in names])
-    places, clear = np.arange(len(rows)), (low > 0) | (high < 0)
     with _picture(path, title, 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
         axes = figure.subplots()
         axes.axvline(0, color="black", linestyle=":", linewidth=1)
-        axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
+        places, values, low, high = _intervals(axes, rows)
+        clear = (low > 0) | (high < 0)
         axes.plot(values[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
         axes.plot(values[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-        axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
+        axes.legend(**ABOVE)
         axes.set_xlabel("difference of ROC-AUC and its 95% interval")
-        axes.grid(axis="y", color="0.9")
     return figure
 
 

@@ -21,7 +21,7 @@ INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header 
 
 
 def tag_files(settings, checkpoint_path):
-    """Print the most likely tags of each file; return the exit status, 1 if one could not be tagged or drawn."""
+    """Print the tags of the music of --tag, or write a table of them; return the exit status, 1 after an error."""
     if not settings.tag:
         raise InputError("--tag: needs audio files, or folders of them, after it")
     silence_decoders()
@@ -31,49 +31,54 @@ def tag_files(settings, checkpoint_path):
     files, problems = audio_files(settings.tag)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-
     if settings.csv:
-        return 1 if tag_library(settings.csv, tagger, crc_of_file(checkpoint_path), files) + len(problems) else 0
-
-    found, pictures, n_errors = {}, {}, len(problems)
-    try:
-        for path, samples, tags in tagged(tagger, files):
-            try:
-                if isinstance(tags, Exception):
-                    raise tags
-                note = missing_end(path, samples)
-                if note:
-                    print(f"note: {path}: {note}", file=sys.stderr)
-                found[str(path)] = tags = dict(list(tags.items())[: settings.top])
-                if not settings.json:
-                    print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
-                if settings.taggram:
-                    draw_taggram(tagger, samples, settings.top, path, checkpoint_path.parent, pictures)
-            except BrokenPipeError:  # nobody reads the results any more
-                raise
-            except Exception as error:
-                n_errors += 1
-                print(f"error: {path}: {reason(error).removeprefix(f'{path}: ')}", file=sys.stderr)
-    finally:  # after Ctrl-C too
-        if settings.json:
-            print(json.dumps(found, indent=1, allow_nan=False))
-    return 1 if n_errors else 0
+        n_errors = tag_library(settings.csv, tagger, crc_of_file(checkpoint_path), files)
+    else:
+        n_errors = print_tags(settings, tagger, checkpoint_path.parent, files)
+    return 1 if n_errors + len(problems) else 0
 
 
 def tagged(tagger, files):
-    """Yield (path, samples, {tag: probability}) for each file; an exception in place of the tags if it has none."""
+    """Yield (path, samples, {tag: probability}, note) for each file; without tags, the note says why."""
 
     def tag(path):
         try:
             samples = tagger.samples(path)
-            return samples, tagger.tags(tagger.spectrograms(windows(samples)))
+            tags = tagger.tags(tagger.spectrograms(windows(samples)))
+            promised, read = promised_seconds(path), len(samples) / SAMPLE_RATE
+            cut_off = f"only the first {read:.1f} s of {promised:.1f} s could be read"
+            return path, samples, tags, cut_off if read <= promised - INEXACT_SECONDS else ""
         except Exception as error:  # whatever one file does never costs the others
-            return None, error
+            return path, None, {}, reason(error).removeprefix(f"{path}: ")
 
     if len(files) > 1:
         torch.set_num_threads(1)  # each thread has a file of its own
-    for path, (samples, tags) in zip(files, load_ahead(tag, files, THREADS, THREADS)):
-        yield path, samples, tags
+    return load_ahead(tag, files, THREADS, THREADS)
+
+
+def print_tags(settings, tagger, folder, files):
+    """Print the most likely tags of each file, with its picture in `folder`; return how many errors there were."""
+    found, pictures, n_errors = {}, {}, 0
+    try:
+        for path, samples, tags, note in tagged(tagger, files):
+            if note:
+                print(f"{'note' if tags else 'error'}: {path}: {note}", file=sys.stderr)
+            if not tags:
+                n_errors += 1
+                continue
+            found[str(path)] = tags = dict(list(tags.items())[: settings.top])
+            if not settings.json:
+                print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
+            if settings.taggram:
+                try:
+                    draw_taggram(tagger, samples, settings.top, path, folder, pictures)
+                except Exception as error:
+                    n_errors += 1
+                    print(f"error: {path}: {reason(error)}", file=sys.stderr)
+    finally:  # after Ctrl-C too
+        if settings.json:
+            print(json.dumps(found, indent=1, allow_nan=False))
+    return n_errors
 
 
 def tag_library(table, tagger, checkpoint, files):
@@ -81,32 +86,20 @@ def tag_library(table, tagger, checkpoint, files):
     n_errors = 0
     with continued_table(table, files, tagger.tag_names, checkpoint) as (missing, add):
         print(f"{table}: {len(files) - len(missing):,} of {len(files):,} files are in it already")
-        for path, samples, tags in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
-            if isinstance(tags, Exception):
-                n_errors += 1
-                add(path, "", [], reason(tags).removeprefix(f"{path}: "))
-            else:
-                seconds = f"{len(samples) / SAMPLE_RATE:.1f}"
-                add(path, seconds, [tags[name] for name in tagger.tag_names], missing_end(path, samples))
+        for path, samples, tags, note in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
+            n_errors += not tags
+            seconds = f"{len(samples) / SAMPLE_RATE:.1f}" if tags else ""
+            add(path, seconds, [tags[name] for name in tagger.tag_names if tags], note)
     print(f"{table}: {len(missing):,} rows added, {n_errors:,} of them without tags (the last column says why)")
     return n_errors
 
 
-def missing_end(path, samples):
-    """Return that an audio file is shorter than its header promises, if it is."""
-    promised, read = promised_seconds(path), len(samples) / SAMPLE_RATE
-    if read > promised - INEXACT_SECONDS:
-        return ""
-    return f"only the first {read:.1f} s of {promised:.1f} s could be read"
-
-
 def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
-    """Draw the log-mel spectrogram of an audio file above its most likely tags over time, into `folder`.
+    """Draw an audio file's spectrogram above its most likely tags over time, into `folder`.
 
-    The picture has the file's name; with as many of the file's folders before it, if `pictures`, name -> file, has the
-    name for another file.
+    The picture has the file's name, after as many of its folders as make it another than those in `pictures`.
     """
-    from lib import figures
+    from lib import figures  # matplotlib takes a while to import
 
     file = Path(os.path.abspath(path))
     for n_parts in range(1, len(file.parts)):
@@ -129,32 +122,28 @@ def continued_table(path, files, tag_names, checkpoint):
     file has the CRC-32 `checkpoint`, or if another process is at work on it.
     """
     header = ["path", "seconds", *tag_names, "bytes", "modified", "checkpoint", "note"]
+    first_line = io.StringIO(newline="")
+    csv.writer(first_line).writerow(header)
+    encoding = {"newline": "", "errors": "surrogateescape"}
+    stamps = {str(file): _stamp(file) for file in files}
     with lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is at work on it; wait for its end"):
-        encoding = {"newline": "", "errors": "surrogateescape"}
-        first_line = io.StringIO(newline="")
-        csv.writer(first_line).writerow(header)
-        text = first_line.getvalue()
-        if path.exists():
-            with open(path, encoding="utf-8-sig", **encoding) as file:
-                text = file.read()
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else first_line.getvalue()
         if not text.startswith(first_line.getvalue()):
             raise InputError(f"{path}: not a table of these tags; move it away, or give --csv another name")
-        stamps = {str(file): _stamp(file) for file in files}
-        rows = csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline=""))
-        rows = [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])][1:]
+        rows = list(csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline="")))[1:]
+        rows = [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
         if any(row[-2] != checkpoint for row in rows):
             raise InputError(f"{path}: has rows of another checkpoint; move it away, or give --csv another name")
         with whole_file(path, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
             csv.writer(file).writerows([header, *rows])
-        done = {row[0] for row in rows}
         with open(path, "a", encoding="utf-8", **encoding) as file:
-            table = csv.writer(file)
 
             def add(path, seconds, probabilities, note=""):
                 values = [f"{value:.6f}" for value in probabilities] or [""] * len(tag_names)
-                table.writerow([path, seconds, *values, *stamps[str(path)], checkpoint, note])
+                csv.writer(file).writerow([path, seconds, *values, *stamps[str(path)], checkpoint, note])
                 file.flush()
 
+            done = {row[0] for row in rows}
             yield [file for file in files if str(file) not in done], add
 
 

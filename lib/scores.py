@@ -10,34 +10,32 @@ import numpy as np
 
 # scikit-learn is imported where it is used: it takes a second, for which --help should not wait.
 
+SCORES = ("roc_auc", "average_precision")
 PAPER = {"validation": 0.904, "test": 0.900}  # macro ROC-AUC that the paper reports
 PAPER_SIZES = {"train": 18000, "validation": 2000, "test": 5863}  # clips
 
 
+def of_each_tag(score, labels, probabilities):
+    """Return scikit-learn's score, one of SCORES, of each tag over all clips at once: (tags,).
+
+    `labels` are 0 or 1, (clips, tags), like the probabilities.
+    """
+    from sklearn import metrics
+
+    of_one_tag, columns = getattr(metrics, f"{score}_score"), zip(labels.T, probabilities.T)
+    return np.array([of_one_tag(label, column) if np.ptp(label) else np.nan for label, column in columns])
+
+
 def roc_auc(labels, probabilities):
-    """Return each tag's ROC-AUC over all clips at once: (tags,), from (clips, tags) of 0/1 and of probabilities."""
-    from sklearn.metrics import roc_auc_score
-
-    return _score_each_tag(roc_auc_score, labels, probabilities)
-
-
-def average_precision(labels, probabilities):
-    """Return each tag's average precision, the area under its precision-recall curve: (tags,)."""
-    from sklearn.metrics import average_precision_score
-
-    return _score_each_tag(average_precision_score, labels, probabilities)
-
-
-def _score_each_tag(score, labels, probabilities):
-    columns = zip(labels.T, probabilities.T)
-    return np.array([score(label, column) if np.ptp(label) else np.nan for label, column in columns])
+    """Return each tag's ROC-AUC: (tags,), from (clips, tags) of 0/1 and of probabilities."""
+    return of_each_tag("roc_auc", labels, probabilities)
 
 
 def clip_roc_auc(labels, probabilities):
-    """Return each clip's ROC-AUC over its tags: (clips,).
+    """Return each clip's ROC-AUC over its tags: (clips,); scikit-learn's function would take 2 ms a clip.
 
     That is the share of right order among the pairs of a tag that the clip has and one that it lacks; a tie counts
-    half. scikit-learn's function would take 2 ms a clip.
+    half.
     """
 
     def of_one_clip(label, scores):
@@ -56,9 +54,14 @@ def precision_at(k, labels, probabilities):
 
 def macro(per_tag):
     """Return the mean over the tags (or clips) that have a score, the last axis; NaN if none has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the mean of nothing
         return np.nanmean(per_tag, axis=-1)
+
+
+def interval(resampled):
+    """Return the ends of the 95% percentile interval over resamples (the first axis); NaN where none has a score."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a tag without a score in any resample
+        return np.nanpercentile(resampled, [2.5, 97.5], axis=0)
 
 
 def format_score(score):
@@ -81,36 +84,31 @@ class Scores(NamedTuple):
         return means
 
     def minus(self, other):
-        """Return how much better these scores are. Both have to be of the same clips and seed: a paired difference.
-
-        What makes a resample hard for both then cancels out, so the difference has a narrower interval than either.
-        """
+        """Return how much better these scores are, which have to be of the same clips and seed: a paired difference."""
         return Scores(*({name: ours[name] - theirs[name] for name in ours} for ours, theirs in zip(self, other)))
 
 
 def scores_of(labels, probabilities, groups, n_resamples, seed):
     """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups (see `bootstrap`)."""
-    per_tag = {
-        "roc_auc": roc_auc(labels, probabilities),
-        "average_precision": average_precision(labels, probabilities),
-    }
+    per_tag = {score: of_each_tag(score, labels, probabilities) for score in SCORES}
     return Scores(per_tag, bootstrap(labels, probabilities, groups, n_resamples, seed))
 
 
 def bootstrap(labels, probabilities, groups, n_resamples, seed):
-    """Score resamples of the clips, drawn with replacement by whole groups: (clips,) integers from 0.
+    """Return {score: (resamples, tags)} of resamples of the clips, drawn with replacement by whole groups.
 
-    With clips of one track in one group, the resamples differ as much as sets of other tracks would. Returns
-    {"roc_auc": (resamples, tags), "average_precision": (resamples, tags)}.
+    `groups` has the name or number of each clip's group. With clips of one track in one group, the resamples differ as
+    much as sets of other tracks would.
     """
     weights = resample_weights(groups, n_resamples, seed)
-    of_tags = [weighted_scores(label, scores, weights) for label, scores in zip(labels.T, probabilities.T)]
-    return dict(zip(("roc_auc", "average_precision"), np.moveaxis(of_tags, 0, 2)))
+    of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, probabilities.T)]
+    return dict(zip(SCORES, np.moveaxis(of_tags, 0, 2)))
 
 
 def resample_weights(groups, n_resamples, seed):
     """Return how often each clip is in each resample: (resamples, clips) int32."""
-    n_groups = groups.max() + 1
+    names, groups = np.unique(groups, return_inverse=True)
+    n_groups = len(names)
     drawn = np.random.default_rng(seed).integers(0, n_groups, (n_resamples, n_groups))
     return np.stack([np.bincount(row, minlength=n_groups)[groups] for row in drawn]).astype(np.int32)
 
@@ -118,8 +116,8 @@ def resample_weights(groups, n_resamples, seed):
 def weighted_scores(label, scores, weights):
     """Return (ROC-AUC, average precision) of one tag where clip i counts weights[r, i] times: (2, resamples).
 
-    They are scikit-learn's on the clips so repeated; its functions would sort the clips anew for each resample. With
-    TP[t] and FP[t] the positive and negative clips of at least the t-th highest score, and P and N all of them,
+    They are scikit-learn's on the clips so repeated, which it would sort anew for each resample. With TP[t] and FP[t]
+    the positive and negative clips of at least the t-th highest score, and P and N all of them,
 
         ROC-AUC = sum over t of (FP[t] - FP[t-1]) / N * (TP[t] + TP[t-1]) / 2P    (trapezoids under the ROC curve)
         average precision = sum over t of (TP[t] - TP[t-1]) / P * TP[t] / (TP[t] + FP[t])
@@ -142,26 +140,16 @@ def weighted_scores(label, scores, weights):
     return found
 
 
-def interval(resampled):
-    """Return the ends of the 95% percentile interval over resamples (the first axis); NaN where none has a score."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a tag without a score in any resample
-        return np.nanpercentile(resampled, [2.5, 97.5], axis=0)
-
-
 def compare_with_paper(checkpoint):
     """Return the line that puts the paper's figures beside ours, and says if they can be compared."""
     figures = f"the paper: validation {PAPER['validation']:.3f}, test {PAPER['test']:.3f} (MagnaTagATune)"
     if checkpoint["synthetic"]:
         return f"{figures}; the scores above are on SYNTHETIC clips and say nothing about music"
-    if not is_papers_experiment(checkpoint):
-        return f"{figures}; not comparable: other clips, tags or split"
-    return figures
+    return figures if is_papers_experiment(checkpoint) else f"{figures}; not comparable: other clips, tags or split"
 
 
 def is_papers_experiment(checkpoint):
     """Return whether clips, tags and split are the paper's."""
-    chosen = checkpoint["hyperparameters"]
     sizes = {part: len(ids) for part, ids in checkpoint["clip_ids"].items()}
     papers = {"split": "random", "n_tags": 50, "merge_tags": True}
-    return sizes == PAPER_SIZES and all(chosen.get(name) == value for name, value in papers.items())
+    return sizes == PAPER_SIZES and papers.items() <= checkpoint["hyperparameters"].items()

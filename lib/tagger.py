@@ -18,13 +18,11 @@ CLIPS_AT_ONCE = 9  # go through the network: a song of four minutes; 0.2 GB in f
 
 
 class Tagger:
-    """A trained network that tags music of any length.
+    """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, likeliest first.
 
-    Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, the most likely first. So does a call
-    with an array and its sample rate in Hz; the array is (samples,) or (samples, channels), or the other way round
-    where that is unmistakable, and has floating-point numbers of full scale 1, or int16 or int32. The network computes
-    in the precision it was trained in, unless `precision` is another one of trainer.py's. Raises InputError for a
-    checkpoint or audio that can't be used.
+    So does a call with an array and its sample rate in Hz; the array is (samples,) or (samples, channels), or the other
+    way round where that is unmistakable, and has floating-point numbers of full scale 1, or int16 or int32.
+    `precision` is one of trainer.py's. Raises InputError for a checkpoint or audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
@@ -53,7 +51,7 @@ class Tagger:
         if not full_scale:
             raise InputError(f"an array of {audio.dtype}: samples must be floating-point numbers, int16 or int32")
         shape = audio.shape
-        if audio.ndim == 2 and 1 <= min(shape) <= 8 and max(shape) >= 10 * min(shape):
+        if len(shape) == 2 and 1 <= min(shape) <= 8 and max(shape) >= 10 * min(shape):
             audio = audio.mean(axis=np.argmin(shape))
         if audio.ndim != 1:
             raise InputError(f"array of shape {shape}: must be (samples,) or (samples, channels), at most 8 channels")
@@ -91,22 +89,19 @@ def network_in_precision(checkpoint, device, precision):
 def windows(samples):
     """Return clips of 29.1 s, as few as cover `samples`, at even distances, at 11,025 Hz.
 
-    More of them give the same tags: on eight recordings of 4 minutes, each sewn together from 30 s clips, the mean over
-    windows 2 s apart differed from that over these by 0.0019 on average, and from that over windows that overlap by
-    half by 0.0014. An excess shorter than a frame adds no window. The clips have what the last frame's window reaches
-    beyond them.
+    More of them give the same tags: on eight recordings of 4 minutes, the mean over windows 2 s apart differed from
+    that over these by 0.0019 on average. A clip goes on as far as its last frame's window reaches.
     """
-    excess = max(0, len(samples) - CLIP_SAMPLES - HOP_LENGTH)
-    n_windows = 1 + -(-excess // CLIP_SAMPLES)
-    starts = np.linspace(0, max(0, len(samples) - CLIP_SAMPLES), n_windows).astype(int)
+    excess = max(0, len(samples) - CLIP_SAMPLES)
+    n_windows = 1 + -(-max(0, excess - HOP_LENGTH) // CLIP_SAMPLES)  # less than a frame adds none
+    starts = np.linspace(0, excess, n_windows).astype(int)
     return [samples[start : start + CLIP_SAMPLES + N_FFT // 2] for start in starts]
 
 
 def taggram(tagger, samples):
-    """Return (times, probabilities): the tags over time, (columns,) in seconds and (columns, tags).
+    """Return the tags over time: (columns,) in seconds, 120 at most, at least one apart, and (columns, tags).
 
-    The columns are a second apart, or more, so that they are 120 at most. Each is the network's answer for the 29.1 s
-    around its time; at the ends the recording is continued by its mirror image.
+    Each is the network's answer for the 29.1 s around it; at the ends the recording is continued by its mirror image.
     """
     step = max(SAMPLE_RATE, -(-len(samples) // 120))
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
@@ -118,8 +113,7 @@ def taggram(tagger, samples):
 def audio_files(paths):
     """Return (files, problems): `paths`, with the audio files in them for the folders, and a line for each bad folder.
 
-    Audio files are those whose names are of a format that libsndfile decodes. A folder is bad if it can't be listed, or
-    holds none.
+    Audio files are those whose names are of a format that libsndfile decodes.
     """
     import soundfile
 
@@ -132,19 +126,14 @@ def audio_files(paths):
         errors = []
         inside = [Path(folder, name) for folder, _, names in os.walk(path, onerror=errors.append) for name in names]
         audio = sorted(file for file in inside if file.suffix.lower() in extensions)
-        files += audio
-        problems += [reason(error) for error in errors]
         if not audio and not errors:
-            problems.append(f"{path}: holds no audio file")
+            errors.append(InputError(f"{path}: holds no audio file"))
+        files += audio
+        problems += map(reason, errors)
     return files, problems
 
 
 def silence_decoders():
-    """Discard what the decoders' C libraries write to file descriptor 2, such as a line for each damaged frame.
-
-    sys.stderr goes on with a copy of that descriptor.
-    """
-    sys.stderr.flush()
+    """Discard what the decoders' C libraries write to file descriptor 2, such as a line for each damaged frame."""
     sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

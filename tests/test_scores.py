@@ -19,7 +19,7 @@ def predictions():
 def test_per_tag_and_per_clip_scores_are_scikit_learns(predictions):
     labels, probabilities = predictions
     some = [0, 1, 2, 4, 5, 6]
-    auc, ap = scores.roc_auc(labels, probabilities), scores.average_precision(labels, probabilities)
+    auc, ap = (scores.of_each_tag(score, labels, probabilities) for score in scores.SCORES)
     assert np.isnan(auc[3]) and np.isnan(ap[3])
     assert abs(scores.macro(auc) - roc_auc_score(labels[:, some], probabilities[:, some], average="macro")) < 1e-12
     assert abs(scores.macro(ap) - average_precision_score(labels[:, some], probabilities[:, some])) < 1e-12
