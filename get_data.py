@@ -6,20 +6,19 @@ tables. Started again after any interruption, the script goes on from where it w
 
 import dataclasses
 import hashlib
-import io
 import os
 import re
 import shlex
 import shutil
+import tempfile
 import zipfile
-import zlib
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Annotated
 
 import requests
 import tenacity
 
-from lib.common import ROOT, InputError, Range, progress, reason, run, settings_from_command_line, whole_file
+from lib.common import ROOT, InputError, Range, naming, progress, reason, run, settings_from_command_line, whole_file
 from lib.demo import render
 
 HOSTS = ("https://mirg.city.ac.uk/datasets/magnatagatune/", "http://mi.soi.city.ac.uk/datasets/magnatagatune/")
@@ -32,7 +31,7 @@ MD5SUMS = {
 }
 PARTS = tuple(name for name in MD5SUMS if name.startswith("mp3"))
 CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when the script is killed
-LONGEST_PAUSE = 60  # seconds, however many attempts failed and whatever a host asks for
+LONGEST_PAUSE = 60  # seconds, however many attempts failed
 
 
 @dataclasses.dataclass
@@ -81,12 +80,12 @@ def read_md5sums(path):
 
 
 def require_disk_space(data):
-    """Raise InputError if the archive and the clips unpacked from it will not fit."""
+    """Raise InputError if the archive's parts, the archive and the clips, each as large, will not fit."""
     there = [*data.glob("mp3.zip.00*"), *data.glob("?/*.mp3")]
-    needed = 2 * 2.97 - sum(path.stat().st_size for path in there) / 1e9  # GB; the clips are as large as the archive
-    free = shutil.disk_usage(data).free / 1e9
+    needed, free = 3 * 2_970_000_000 - sum(path.stat().st_size for path in there), shutil.disk_usage(data).free
     if needed > free:
-        raise InputError(f"{data} has {free:.3f} GB free, {needed:.3f} are needed: make room or give another --data")
+        has = f"{data} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} are needed"
+        raise InputError(f"{has}: make room or give another --data")
 
 
 def obtain(settings, name, md5):
@@ -107,21 +106,12 @@ def digest(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-class Failure(Exception):
-    """An attempt that brought no right file; `final`: no other will; `pause`: seconds the host asked us to wait."""
-
-    def __init__(self, message, final=False, pause=0):
-        super().__init__(message)
-        self.final, self.pause = final, pause
-
-
 def fetch(settings, name, path, md5):
     """Fetch `name` into `path` from the first host that delivers it. Raises InputError if none does."""
-    growing = tenacity.wait_exponential(multiplier=settings.pause)
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Failure) and not error.final),
+        retry=tenacity.retry_if_exception_type(InputError),
         stop=tenacity.stop_after_attempt(settings.attempts),
-        wait=lambda state: min(max(growing(state), state.outcome.exception().pause), LONGEST_PAUSE),
+        wait=tenacity.wait_exponential(multiplier=settings.pause, max=LONGEST_PAUSE),
         before_sleep=lambda state: print(f"{state.outcome.exception()}; again in {state.next_action.sleep:.0f} s"),
         reraise=True,
     )
@@ -130,8 +120,8 @@ def fetch(settings, name, path, md5):
         print(f"{path}: fetching {host + name}")
         try:
             return retrying(download, host + name, path, md5, settings.timeout)
-        except Failure as failure:
-            reasons.append(f"{host}: {failure}")
+        except InputError as error:
+            reasons.append(f"{host}: {error}")
     raise InputError(
         f"{name} could not be fetched ({'; '.join(reasons)}): run the same command later, or first download "
         f"{settings.hosts[0] + name} by hand into {settings.data} (its MD5 is {md5})"
@@ -141,22 +131,20 @@ def fetch(settings, name, path, md5):
 def download(url, path, md5, timeout):
     """Make one attempt to complete `<path>.partial` and give it its name.
 
-    Raises Failure, or OSError if the disk is full. A wrong file is thrown away: the next attempt starts from zero.
+    Raises InputError if that fails, OSError if the disk is full. A wrong file is thrown away.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "ab") as file:
             receive(url, file, timeout)
-    except Failure:
-        raise
     except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
         if getattr(error, "errno", None):  # the disk's, without the file's name; those of requests have no number
             error.filename = str(partial)
             raise
-        raise Failure(reason(error)) from error
+        raise InputError(reason(error)) from error
     if (found := digest(partial)) != md5:
         partial.unlink()
-        raise Failure(f"wrong MD5 {found}")
+        raise InputError(f"wrong MD5 {found}")
     os.replace(partial, path)
 
 
@@ -170,9 +158,7 @@ def receive(url, file, timeout):
         if status == 416:  # nothing beyond, as after a kill just before the renaming
             return
         if status not in (200, 206) or "html" in kind:  # a web page would cost us the partial file
-            after = response.headers.get("Retry-After", "")  # seconds; or a date, which we ignore
-            pause = int(after) if after.isdecimal() else 0
-            raise Failure(f"{status} {response.reason} {kind}".strip(), status in (403, 404, 410), pause)
+            raise InputError(f"{status} {response.reason} {kind}".strip())
         if status == 200:  # the whole file: servers may ignore Range
             begun = file.truncate(0)
         total, name = begun + (response.raw.length_remaining or 0), url.rpartition("/")[2]
@@ -186,65 +172,37 @@ def receive(url, file, timeout):
 def unpack(data):
     """Unpack the clips into `data`, keeping those that are there and whole.
 
-    Raises InputError if the archive is damaged or a member would land outside `data` (then nothing is written); right
-    MD5 sums leave that possible for a mirror's only.
+    Raises InputError if the archive is damaged or a clip would land outside `data`; right MD5 sums leave that possible
+    for a mirror's only.
     """
-    try:
-        with zipfile.ZipFile(io.BufferedReader(JoinedParts([data / part for part in PARTS]), CHUNK)) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            for member in members:
-                check_member(member)
-            for member in progress(members, "unpacking", unit="clip"):
-                path = data / member.filename
-                if path.is_file() and zlib.crc32(path.read_bytes()) == member.CRC:
-                    continue
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, whole_file(path, durable=False) as target:
-                    shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # zipfile has them all
-        raise InputError(f"{data / PARTS[0]} to .003 are a damaged archive ({error}): fetch them from elsewhere")
-    print(f"{data}: {len(members)} clips unpacked; mp3.zip.001 to .003 may go")
+    n_clips = 0
+    for name, clip in files_in_archive(data):
+        path = data / name
+        if Path(os.path.abspath(data)) not in Path(os.path.abspath(path)).parents:
+            raise InputError(f"{data / PARTS[0]}: {name!r} would leave the folder; fetch it from elsewhere")
+        if not (path.is_file() and path.read_bytes() == clip):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path, durable=False) as file:
+                file.write(clip)
+        n_clips += 1
+    print(f"{data}: {n_clips} clips unpacked; mp3.zip.001 to .003 may go")
 
 
-def check_member(member):
-    """Raise BadZipFile for a name outside the folder, and for damage that zipfile takes without a word."""
-    path = PureWindowsPath(member.filename)  # knows all that a Posix path does, and drives and backslashes
-    if not path.parts or path.anchor or ".." in path.parts:
-        raise zipfile.BadZipFile(f"{member.filename!r} would leave the folder")
-    known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not known or b"PK\1\2" in member.comment + member.extra:  # the next entry, swallowed by this one
-        raise zipfile.BadZipFile(f"the directory's entry for {member.filename!r}")
-
-
-class JoinedParts(io.RawIOBase):
-    """The parts read as the one file they were cut from, without a second 3 GB on the disk."""
-
-    def __init__(self, paths):
-        self.sizes = {path: path.stat().st_size for path in paths}
-        self.position = 0
-
-    def readable(self):
-        return True
-
-    seekable = readable
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        self.position = offset + (0, self.position, sum(self.sizes.values()))[whence]
-        if self.position < 0:
-            raise ValueError("a position before the start")
-        return self.position
-
-    def readinto(self, buffer):
-        offset = self.position
-        for path, size in self.sizes.items():
-            if offset < size:
-                with open(path, "rb", buffering=0) as file:
-                    file.seek(offset)
-                    count = file.readinto(buffer)  # fewer than asked at a part's end; BufferedReader asks again
-                self.position += count
-                return count
-            offset -= size
-        return 0
+def files_in_archive(data):
+    """Yield (name, bytes) of each file in the zip that was cut into PARTS. Raises InputError if it is damaged."""
+    with tempfile.TemporaryFile(dir=data) as joined:
+        with naming(data):
+            for part in PARTS:
+                with open(data / part, "rb") as file:
+                    shutil.copyfileobj(file, joined)
+        try:
+            with zipfile.ZipFile(joined) as archive:
+                members = [member for member in archive.infolist() if not member.is_dir()]
+                for member in progress(members, "unpacking", unit="clip"):
+                    yield member.filename, archive.read(member)
+        except Exception as error:  # zipfile raises errors of many kinds
+            fault = f"damaged archive ({reason(error)})"
+            raise InputError(f"{data / PARTS[0]} to .003: {fault}; fetch them from elsewhere") from error
 
 
 if __name__ == "__main__":
