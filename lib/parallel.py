@@ -111,23 +111,13 @@ def share_of_this_process(rows):
     return np.array_split(rows, n_processes())[dist.get_rank()] if n_processes() > 1 else rows
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes, whose gradient is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(_context, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_context, gradient):
-        return _Sum.apply(gradient.contiguous())
-
-
 def sum_over_processes(tensor):
     """Return the sum of `tensor` over all training processes, and let gradients flow back to each of them."""
-    return _Sum.apply(tensor) if n_processes() > 1 else tensor
+    if n_processes() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_reduce  # not every build of PyTorch has it
+
+    return all_reduce(tensor)
 
 
 def sum_gradients(net):
