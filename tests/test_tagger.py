@@ -113,14 +113,10 @@ def test_a_sample_rate_that_is_none_is_refused(sample_rate, tagger):
         tagger(np.zeros(9000), sample_rate)
 
 
-@pytest.mark.parametrize("front_end", [{}, FRONT_END, {**FRONT_END, "hop_length": 256}])
-def test_a_checkpoint_of_another_front_end_is_refused(front_end, tmp_path):
-    path = make_checkpoint(tmp_path / "best.pt", front_end=front_end)
-    if front_end in ({}, FRONT_END):
+def test_a_checkpoint_of_another_front_end_is_refused(tmp_path):
+    path = make_checkpoint(tmp_path / "best.pt", front_end={**FRONT_END, "hop_length": 256})
+    with pytest.raises(InputError, match="front end"):
         Tagger(path, device="cpu")
-    else:
-        with pytest.raises(InputError, match="front end"):
-            Tagger(path, device="cpu")
 
 
 def test_no_device_is_asked_for_float64(tagger, monkeypatch):
