@@ -66,26 +66,25 @@ def main():
     checkpoint = load_checkpoint(path)
     dump = Dump(settings.data)
     labels, rows_of = clips_of(checkpoint, dump, settings.other_data)
-    has_clip_info = (settings.data / "clip_info_final.csv").exists()
-    info = clip_info_of(settings.data, dump.ids) if has_clip_info else None
+    info = clip_info_of(settings.data, dump.ids) if (settings.data / "clip_info_final.csv").exists() else None
+    groups = np.array([str(clip.track) for clip in info]) if info else dump.ids  # which the bootstrap draws
+    intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if info else 'clips'}"
     sums = dump.band_sums()  # and compares every byte with the checksums
     if settings.against:
-        return compare_experiments(settings, checkpoint, labels, rows_of, dump, info, device)
+        return compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, intervals, device)
 
     probabilities = {part: predict_rows(checkpoint, dump, rows_of[part], device, settings) for part in EVALUATED}
     baseline = baseline_predictions(band_features(*sums), labels, rows_of["train"]) if settings.baseline else None
-    other_data = checkpoint["dump"] != dump.fingerprint
-    comparable = scores.is_papers_experiment(checkpoint) and not other_data
     results = {
         "checkpoint": str(path),
         "data": str(settings.data),
-        "other_data": other_data,
+        "other_data": checkpoint["dump"] != dump.fingerprint,
         "synthetic": dump.synthetic,
-        "paper_roc_auc": scores.PAPER if comparable else None,
-        "intervals": intervals(settings, info),
+        "intervals": intervals,
     }
-    for part in EVALUATED:
-        results[part] = score_part(settings, checkpoint, labels, probabilities[part], baseline, info, rows_of, part)
+    for part, predicted in probabilities.items():
+        results[part] = score_part(settings, checkpoint, labels, predicted, baseline, groups, rows_of[part])
+        results[part]["leakage"] = leakage(labels, predicted, info, rows_of[part], rows_of["train"]) if info else None
     print_results(results, checkpoint)  # first: no full disk can lose them
     write_results(path.parent, results, checkpoint["tag_names"], labels, probabilities, rows_of, dump)
 
@@ -106,15 +105,11 @@ def clips_of(checkpoint, dump, other_data):
     missing = [name for name in checkpoint["tag_names"] if name not in names]
     if missing:
         raise InputError(f"{dump.data}: has no tag {', '.join(missing)}; point --data at the checkpoint's data")
-    row_of = {int(clip): row for row, clip in enumerate(dump.ids)}
     rows = {}
     for part, ids in checkpoint["clip_ids"].items():
-        absent = [clip for clip in ids.tolist() if clip not in row_of]
-        if absent:
-            raise InputError(
-                f"{dump.data}: lacks {len(absent):,} of the checkpoint's {part} clips, such as {absent[0]}"
-            )
-        rows[part] = np.sort([row_of[clip] for clip in ids.tolist()])
+        rows[part] = np.flatnonzero(np.isin(dump.ids, ids.numpy()))
+        if n_absent := len(ids) - len(rows[part]):
+            raise InputError(f"{dump.data}: lacks {n_absent:,} of the checkpoint's {part} clips")
     if checkpoint["dump"] != dump.fingerprint and not other_data:
         raise InputError(f"{dump.data}: not the dump that the checkpoint was trained on; --other-data scores it anyway")
     return labels[:, [names.index(name) for name in checkpoint["tag_names"]]], rows
@@ -129,30 +124,19 @@ def predict_rows(checkpoint, dump, rows, device, settings):
         return predict(net, feeder, rows, settings.batch_size)
 
 
-def intervals(settings, info):
-    return f"95%, {settings.resamples:,} resamples over {'tracks' if info else 'clips'}"
+def score_part(settings, checkpoint, labels, probabilities, baseline, groups, rows):
+    """Return the scores of one part of the split, as results.json holds them.
 
-
-def groups_of(rows, info):
-    """Return each clip's track, as lib.scores.bootstrap takes it; without `info`, each clip is a group of its own."""
-    return [str(info[row].track) for row in rows] if info else rows
-
-
-def score_part(settings, checkpoint, labels, probabilities, baseline, info, rows_of, part):
-    """Return all scores of one part of the split, as results.json holds them.
-
-    `labels` and `baseline` are those of the whole dump, `probabilities` of the part.
+    `labels`, `baseline` and `groups` are those of the whole dump, `probabilities` of the part's `rows`.
     """
-    tag_names, rows = checkpoint["tag_names"], rows_of[part]
-    labels, groups = labels[rows], groups_of(rows, info)
+    tag_names, labels, groups = checkpoint["tag_names"], labels[rows], groups[rows]
     ours = scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed)
     result = {
         "clips": len(rows),
         **ours.macro(),
         "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
-        "one_class": [name for name, score in zip(tag_names, ours.per_tag["roc_auc"]) if np.isnan(score)],
-        "leakage": leakage(labels, probabilities, info, rows, rows_of["train"]) if info else None,
+        "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
         "baseline": None,
         "tags": per_tag_rows(tag_names, labels, ours),
     }
@@ -165,23 +149,22 @@ def score_part(settings, checkpoint, labels, probabilities, baseline, info, rows
 def per_tag_rows(tag_names, labels, found):
     """Return a row of `found` scores for each tag, in the checkpoint's order."""
     columns = {"tag": tag_names, "positives": labels.sum(axis=0, dtype=int), "prevalence": labels.mean(axis=0)}
-    for name, values in found.per_tag.items():
-        low, high = scores.interval(found.resampled[name])
+    for name, values, resampled in zip(scores.SCORES, *found):
+        low, high = scores.interval(resampled)
         columns |= {name: values, f"{name}_low": low, f"{name}_high": high}
     rows = zip(*(np.asarray(values).tolist() for values in columns.values()))
     return [dict(zip(columns, row)) for row in rows]
 
 
 def leakage(labels, probabilities, info, rows, training_rows):
-    """Return the shares of clips whose track, album and artist are in training too, and the score on other tracks."""
+    """Return the shares of `rows` whose track, album and artist are in training too, and the score on other tracks."""
     shared = {}
     for kind in ("track", "album", "artist"):
         trained_on = {getattr(info[row], kind) for row in training_rows}
         shared[kind] = np.array([getattr(info[row], kind) in trained_on for row in rows])
     fresh = ~shared["track"]
-    auc = np.nan
-    if fresh.sum() >= ENOUGH_CLIPS:
-        auc = scores.macro(scores.roc_auc(labels[fresh], probabilities[fresh]))
+    enough = fresh.sum() >= ENOUGH_CLIPS
+    auc = scores.macro(scores.roc_auc(labels[rows][fresh], probabilities[fresh])) if enough else np.nan
     shares = {f"share_of_{kind}": float(clips.mean()) for kind, clips in shared.items()}
     return {**shares, "clips_of_other_tracks": int(fresh.sum()), "roc_auc_of_other_tracks": auc}
 
@@ -228,9 +211,6 @@ def print_tags(rows):
     for row in ranked:
         share = f"{row['positives']:,} ({row['prevalence']:.1%})"
         print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
-    scored = [row["tag"] for row in ranked if not np.isnan(row["roc_auc"])]
-    if len(scored) >= 10:
-        print(f"best five: {', '.join(scored[:5])}; worst five: {', '.join(scored[-5:])}")
 
 
 def bracketed(row, score):
@@ -267,7 +247,7 @@ def print_part(part, result):
 # Two experiments
 
 
-def compare_experiments(settings, checkpoint, labels, rows_of, dump, info, device):
+def compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, intervals, device):
     """Print, write and draw how the checkpoint differs from that of --against, on clips that both held out.
 
     `labels` are those of the checkpoint's tags, and serve for both. Raises InputError if one was trained on, or chosen
@@ -289,15 +269,13 @@ def compare_experiments(settings, checkpoint, labels, rows_of, dump, info, devic
     for its in (checkpoint, other):
         columns = [its["tag_names"].index(tag) for tag in tags]
         probabilities = predict_rows(its, dump, rows, device, settings)[:, columns]
-        groups = groups_of(rows, info)
-        found.append(scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed))
-    ours, theirs = found
-    difference = ours.minus(theirs)
+        found.append(scores.scores_of(labels, probabilities, groups[rows], settings.resamples, settings.seed))
+    difference = found[0].minus(found[1])
     result = {
         "name": settings.name,
         "against": settings.against,
         "clips": len(rows),
-        "intervals": intervals(settings, info),
+        "intervals": intervals,
         **difference.macro(),
         "tags": per_tag_rows(tags, labels, difference),
     }

@@ -36,14 +36,14 @@ from lib.common import (
 )
 from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump, crc_of_file
 from lib.dump import divide, dump_lock, read_manifest, write_manifest
-from tags import annotations_path, read_annotations
+from tags import read_annotations
 
 
 @dataclass(frozen=True)
 class Settings:
     data: Path = ROOT / "data"  # folder with tags.csv and the audio; the dump is written there
     n_chunks: Annotated[int, Range(1, 256)] = 8  # files that the dump is divided into, and worker processes
-    chunks: str = ""  # make only these, such as 0-3 or 0,5 (for several machines or a job array); empty: all
+    chunks: Annotated[tuple[int, ...], Range(0, 255)] = ()  # make only these (several machines, a job array); none: all
     overwrite: bool = False  # delete the dump in the folder and start over
 
 
@@ -53,11 +53,13 @@ TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
-    annotations_file = annotations_path(settings.data)
+    annotations_file = settings.data / "tags.csv"
     annotations = read_annotations(annotations_file)
     plan = plan_dump(annotations_file, annotations, settings.n_chunks)
     chunks = divide(settings.data, plan["n_clips"], settings.n_chunks)
-    chosen = parse_chunks(settings.chunks, len(chunks))
+    chosen = settings.chunks or range(settings.n_chunks)
+    if max(chosen) >= settings.n_chunks:
+        raise InputError(f"--chunks {max(chosen)}: there are {settings.n_chunks}, numbered from 0")
     with dump_lock(settings.data):
         manifest = begin_or_continue(settings.data, plan, settings.overwrite)
     if not manifest["complete"]:
@@ -75,17 +77,6 @@ def plan_dump(annotations_file, annotations, n_chunks):
         "n_chunks": n_chunks,
         "front_end": FRONT_END,
     }
-
-
-def parse_chunks(text, n_chunks):
-    """Return the chunk numbers that `text` names: "0-3" or "0,5" or, for all, nothing."""
-    chosen = set()
-    for part in filter(None, text.split(",")):
-        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not numbers or int(numbers[2] or numbers[1]) >= n_chunks:
-            raise InputError(f"--chunks {text}: must name chunks from 0 to {n_chunks - 1}, such as 0-3 or 0,5")
-        chosen.update(range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1))
-    return sorted(chosen) if text else list(range(n_chunks))
 
 
 def begin_or_continue(data, plan, overwrite):

@@ -11,12 +11,12 @@ import re
 import shlex
 import shutil
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Annotated
 
 import requests
-import tenacity
 
 from lib.common import ROOT, InputError, Range, naming, progress, reason, run, settings_from_command_line, whole_file
 from lib.demo import render
@@ -37,11 +37,11 @@ LONGEST_PAUSE = 60  # seconds, however many attempts failed
 @dataclasses.dataclass
 class Settings:
     data: Path = ROOT / "data"  # folder for all files; those put there by hand are taken if their MD5 is right
-    hosts: tuple[str, ...] = HOSTS  # addresses of folders that hold the files, tried in this order
+    hosts: tuple[str, ...] = HOSTS  # addresses of folders that hold the files, tried in turn
     md5sums: Path | None = None  # file of lines "MD5  name" to use in place of the built-in ones, with a mirror
     timeout: Annotated[float, Range(0.1, 3600)] = 30  # seconds without a byte after which an attempt has failed
     attempts: Annotated[int, Range(1, 1000)] = 5  # per file and host
-    pause: Annotated[float, Range(0, LONGEST_PAUSE)] = 1  # seconds before the second attempt; doubles each time
+    pause: Annotated[float, Range(0, LONGEST_PAUSE)] = 1  # seconds before the second attempts; doubles each time
     demo: bool = False  # fetch nothing, render synthetic clips into the folder "demo" inside the data folder
     demo_clips: Annotated[int, Range(1, 100_000)] = 192  # how many clips the demo has
     demo_seed: Annotated[int, Range(0)] = 1337  # of the demo's random generator
@@ -107,24 +107,21 @@ def digest(path):
 
 
 def fetch(settings, name, path, md5):
-    """Fetch `name` into `path` from the first host that delivers it. Raises InputError if none does."""
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(InputError),
-        stop=tenacity.stop_after_attempt(settings.attempts),
-        wait=tenacity.wait_exponential(multiplier=settings.pause, max=LONGEST_PAUSE),
-        before_sleep=lambda state: print(f"{state.outcome.exception()}; again in {state.next_action.sleep:.0f} s"),
-        reraise=True,
-    )
-    reasons = []
-    for host in settings.hosts:
-        print(f"{path}: fetching {host + name}")
-        try:
-            return retrying(download, host + name, path, md5, settings.timeout)
-        except InputError as error:
-            reasons.append(f"{host}: {error}")
+    """Fetch `name` into `path` from the hosts in turn, until one delivers it. Raises InputError if none does."""
+    failures = {}
+    for attempt in range(settings.attempts):
+        if attempt:
+            time.sleep(min(settings.pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+        for host in settings.hosts:
+            print(f"{path}: fetching {host + name}")
+            try:
+                return download(host + name, path, md5, settings.timeout)
+            except InputError as error:
+                print(f"{host + name}: {error}")
+                failures[host] = error
     raise InputError(
-        f"{name} could not be fetched ({'; '.join(reasons)}): run the same command later, or first download "
-        f"{settings.hosts[0] + name} by hand into {settings.data} (its MD5 is {md5})"
+        f"{name} could not be fetched ({'; '.join(f'{host}: {error}' for host, error in failures.items())}): run the "
+        f"same command later, or first download {settings.hosts[0] + name} by hand into {settings.data} (MD5 {md5})"
     )
 
 

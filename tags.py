@@ -15,7 +15,7 @@ from lib.common import ROOT, InputError, Range, run, settings_from_command_line
 
 @dataclass(frozen=True)
 class Settings:
-    data: Path = ROOT / "data"  # folder with tags.csv (or annotations_final.csv)
+    data: Path = ROOT / "data"  # folder with tags.csv
     n_tags: Annotated[int, Range(1)] = 50  # how many of the most frequent tags to keep
     merge_tags: bool = True  # merge synonyms first
 
@@ -66,20 +66,12 @@ class Annotations(NamedTuple):
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
-    annotations = read_annotations(annotations_path(settings.data))
+    annotations = read_annotations(settings.data / "tags.csv")
     labels, names = select_tags(annotations.labels, annotations.tag_names, settings.n_tags, settings.merge_tags)
     print(f"{len(labels):,} clips, {len(annotations.tag_names)} tags; the {len(names)} that training would use:")
     for rank, (name, count) in enumerate(zip(names, labels.sum(axis=0, dtype=int)), start=1):
         print(f"{rank:4}  {name:<24}{count:>8,}{count / len(labels):>8.1%}")
     print(f"{np.sum(~labels.any(axis=1)):,} clips have none of these tags")
-
-
-def annotations_path(data):
-    """Return the annotations' path in folder `data`: tags.csv, or MagnaTagATune's own name for it."""
-    for name in ("tags.csv", "annotations_final.csv"):
-        if (data / name).is_file():
-            return data / name
-    raise InputError(f"{data / 'tags.csv'}: not there; run get_data.py, or name the folder that holds it with --data")
 
 
 def read_annotations(path):
@@ -135,7 +127,9 @@ def _read_table(path):
             reader = csv.reader(file, delimiter="\t", strict=True)
             lines = [(reader.line_num, fields) for fields in reader if fields]
     except FileNotFoundError:
-        raise InputError(f"{path}: not there; get_data.py downloads MagnaTagATune's") from None
+        raise InputError(
+            f"{path}: not there; get_data.py fetches MagnaTagATune's, --data names another folder"
+        ) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
     if len(lines) < 2:

@@ -70,47 +70,41 @@ def format_score(score):
 
 
 class Scores(NamedTuple):
-    """ROC-AUC and average precision of each tag, {name: (tags,)}, and those of resamples, {name: (resamples, tags)}."""
+    """Both SCORES of each tag, (2, tags), and those of resamples, (2, resamples, tags)."""
 
-    per_tag: dict
-    resampled: dict
+    per_tag: np.ndarray
+    resampled: np.ndarray
 
     def macro(self):
-        """Return the mean of each score over the tags, and the ends of its 95% interval."""
+        """Return {score: its mean over the tags, and the ends of the 95% interval of that}."""
         means = {}
-        for name, per_tag in self.per_tag.items():
-            low, high = interval(macro(self.resampled[name]))
+        for name, per_tag, resampled in zip(SCORES, *self):
+            low, high = interval(macro(resampled))
             means[name] = {"value": macro(per_tag), "low": low, "high": high}
         return means
 
     def minus(self, other):
         """Return how much better these scores are, which have to be of the same clips and seed: a paired difference."""
-        return Scores(*({name: ours[name] - theirs[name] for name in ours} for ours, theirs in zip(self, other)))
+        return Scores(self.per_tag - other.per_tag, self.resampled - other.resampled)
 
 
 def scores_of(labels, probabilities, groups, n_resamples, seed):
-    """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups (see `bootstrap`)."""
-    per_tag = {score: of_each_tag(score, labels, probabilities) for score in SCORES}
-    return Scores(per_tag, bootstrap(labels, probabilities, groups, n_resamples, seed))
-
-
-def bootstrap(labels, probabilities, groups, n_resamples, seed):
-    """Return {score: (resamples, tags)} of resamples of the clips, drawn with replacement by whole groups.
+    """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups, drawn with replacement.
 
     `groups` has the name or number of each clip's group. With clips of one track in one group, the resamples differ as
     much as sets of other tracks would.
     """
     weights = resample_weights(groups, n_resamples, seed)
     of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, probabilities.T)]
-    return dict(zip(SCORES, np.moveaxis(of_tags, 0, 2)))
+    per_tag = [of_each_tag(score, labels, probabilities) for score in SCORES]
+    return Scores(np.array(per_tag), np.moveaxis(of_tags, 0, 2))
 
 
 def resample_weights(groups, n_resamples, seed):
     """Return how often each clip is in each resample: (resamples, clips) int32."""
     names, groups = np.unique(groups, return_inverse=True)
-    n_groups = len(names)
-    drawn = np.random.default_rng(seed).integers(0, n_groups, (n_resamples, n_groups))
-    return np.stack([np.bincount(row, minlength=n_groups)[groups] for row in drawn]).astype(np.int32)
+    drawn = np.random.default_rng(seed).integers(0, len(names), (n_resamples, len(names)))
+    return np.stack([np.bincount(row, minlength=len(names))[groups] for row in drawn]).astype(np.int32)
 
 
 def weighted_scores(label, scores, weights):

@@ -1,6 +1,5 @@
 """A trained network at work on music: audio files, or arrays of samples, of any length."""
 
-import numbers
 import os
 import sys
 from pathlib import Path
@@ -20,9 +19,9 @@ CLIPS_AT_ONCE = 9  # go through the network: a song of four minutes; 0.2 GB in f
 class Tagger:
     """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, likeliest first.
 
-    So does a call with an array and its sample rate in Hz; the array is (samples,) or (samples, channels), or the other
-    way round where that is unmistakable, and has floating-point numbers of full scale 1, or int16 or int32.
-    `precision` is one of trainer.py's. Raises InputError for a checkpoint or audio that can't be used.
+    So does a call with an array and its sample rate in Hz, as soundfile.read returns them: floating-point numbers of
+    full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's. Raises InputError for a
+    checkpoint or audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
@@ -41,22 +40,12 @@ class Tagger:
         """Return the samples of a file or an array in mono at 11,025 Hz: (samples,) float32, full scale 1."""
         if isinstance(audio, (str, os.PathLike)):
             return load(audio)
-        if not isinstance(sample_rate, numbers.Real):
-            raise InputError(f"an array of samples needs its sample rate, a number in Hz, not {sample_rate!r}")
-        try:
-            audio = np.asarray(audio)
-        except Exception as error:  # ragged lists, tensors on a GPU, ...
-            raise InputError(f"not an array of samples ({reason(error)})") from error
-        full_scale = 1 if audio.dtype.kind == "f" else {"int16": 2**15, "int32": 2**31}.get(audio.dtype.name)
-        if not full_scale:
-            raise InputError(f"an array of {audio.dtype}: samples must be floating-point numbers, int16 or int32")
-        shape = audio.shape
-        if len(shape) == 2 and 1 <= min(shape) <= 8 and max(shape) >= 10 * min(shape):
-            audio = audio.mean(axis=np.argmin(shape))
-        if audio.ndim != 1:
-            raise InputError(f"array of shape {shape}: must be (samples,) or (samples, channels), at most 8 channels")
-        with np.errstate(over="ignore"):  # resample refuses what is not finite
-            return resample((audio / full_scale).astype(np.float32), float(sample_rate))
+        audio = np.asarray(audio)
+        if audio.dtype.kind != "f" or audio.ndim not in (1, 2) or audio.shape[1:] > (8,) or sample_rate is None:
+            wanted = "(samples,) or (samples, channels) in floating-point numbers, and a sample rate in Hz"
+            raise InputError(f"an array of {audio.dtype} {audio.shape} at {sample_rate} Hz: must be {wanted}")
+        audio = audio.astype(np.float32)
+        return resample(audio if audio.ndim == 1 else audio.mean(axis=1), sample_rate)
 
     def spectrograms(self, clips):
         """Return the normalised spectrograms of clips at 11,025 Hz, as the network takes them: (clips, 1, 128, 628)."""

@@ -36,7 +36,7 @@ from lib.feeder import Feeder, predict
 from lib.parallel import autocast
 from lib.report import Losses
 from lib.tagger import Tagger, windows
-from tags import annotations_path, read_annotations
+from tags import read_annotations
 
 BATCH, EVALUATED, N_TAGS, SONG_SECONDS = 32, 128, 50, 240
 Row = Literal["spectrograms", "step", "evaluation", "song"]
@@ -116,11 +116,14 @@ def run_script(script, *options):
 
 def make_inputs(scratch, n_clips):
     """Fill folder `scratch` with what the sides work on: two tables of clips, a dump, a checkpoint and a song."""
-    clips = ROOT.parent / "shared/gtzan60"  # real music, where it is beside the checkout
+    clips, table = (
+        ROOT.parent / "shared/gtzan60",
+        "annotations_final.csv",
+    )  # real music, where it is beside the checkout
     if not clips.is_dir():
-        clips = scratch / "demo"
+        clips, table = scratch / "demo", "tags.csv"
         render(clips, 60)
-    mp3_paths = read_annotations(annotations_path(clips)).mp3_paths
+    mp3_paths = read_annotations(clips / table).mp3_paths
     for name, n in (("short", 16), ("long", 16 + n_clips)):
         (scratch / name).mkdir()
         (scratch / name / "clips").symlink_to(clips)

@@ -28,7 +28,7 @@ def test_leakage_by_hand():
         for artist, album, track in ("Aax", "Aay", "Abz", "Bcx", "Aax")
     ]
     rng = np.random.RandomState(0)
-    labels = rng.randint(0, 2, (3, 2))
+    labels = rng.randint(0, 2, (5, 2))
     found = evaluate.leakage(labels, rng.rand(3, 2), info, rows=np.array([2, 3, 4]), training_rows=np.array([0, 1]))
     assert found["share_of_track"] == found["share_of_album"] == 1 / 3
     assert found["share_of_artist"] == 2 / 3
@@ -150,7 +150,7 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     make_checkpoint(changed["tags"], n_tags=2, tag_names=["slow", "harp"])
     make_checkpoint(changed["front_end"], front_end={"n_fft": 1024})
     for data, checkpoint, message in (
-        (fewer, good, "lacks 2 of the checkpoint's test clips, such as 139"),
+        (fewer, good, "lacks 2 of the checkpoint's test clips"),
         (evaluated, changed["tags"], "has no tag harp"),
         (evaluated, changed["front_end"], "another front end"),
         (other, good, "not the dump that the checkpoint was trained on"),

