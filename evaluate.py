@@ -21,7 +21,6 @@ from lib.dump import Dump
 from lib.feeder import Feeder, predict
 from lib.library import tag_files
 from lib.parallel import autocast, choose_device
-from lib.predictions import write_predictions, write_worth_a_listen
 from lib.scores import format_score
 from lib.tagger import Tagger, network_in_precision  # noqa: F401 - Tagger: for other programs
 from tags import clip_info_of, select_tags
@@ -55,6 +54,7 @@ class Settings:
 
 EVALUATED = ("validation", "test")  # parts of the split
 ENOUGH_CLIPS = 30  # to score those that share no track with training
+WORTH_A_LISTEN = 10  # clips of each tag, in each direction
 
 
 def main():
@@ -180,12 +180,27 @@ def write_results(folder, results, tag_names, labels, probabilities, rows_of, du
     rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
     write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
     clips = {part: [(dump.ids[row], dump.mp3_paths[row]) for row in rows_of[part]] for part in EVALUATED}
-    for part in EVALUATED:
-        write_predictions(folder / f"predictions_{part}.csv", clips[part], tag_names, probabilities[part])
+    for part, predicted in probabilities.items():
+        rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], predicted)]
+        write_table(folder / f"predictions_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
     test = tag_names, labels[rows_of["test"]], probabilities["test"]
-    write_worth_a_listen(folder / "worth_a_listen.csv", clips["test"], *test)
+    write_table(folder / "worth_a_listen.csv", worth_a_listen(clips["test"], *test))
     figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
     figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
+
+
+def worth_a_listen(clips, tag_names, labels, probabilities):
+    """Yield the rows of the clips on which annotators and network disagree most about each tag, in both directions.
+
+    MagnaTagATune's labels come from a game and miss much. `labels` and `probabilities` are (clips, tags).
+    """
+    yield "tag", "annotators", "network", "clip_id", "mp3_path"
+    for name, label, values in zip(tag_names, labels.T, probabilities.T):
+        for annotated in (0, 1):
+            candidates = np.flatnonzero(label == annotated)
+            most = np.argsort(-np.abs(values[candidates] - annotated), kind="stable")[:WORTH_A_LISTEN]
+            for clip in candidates[most]:
+                yield name, annotated, f"{values[clip]:.4f}", *clips[clip]
 
 
 def write_json(path, results):

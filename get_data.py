@@ -53,12 +53,14 @@ def main():
     if settings.demo:
         render(folder, settings.demo_clips, settings.demo_seed)
     else:
-        fetch_and_unpack(settings)
+        fetch(settings)
+        unpack(folder)
     where = "" if folder == Settings.data else f" --data {shlex.quote(str(folder))}"
     print(f"next: python gen_spectrograms.py{where}")
 
 
-def fetch_and_unpack(settings):
+def fetch(settings):
+    """Bring all files into the data folder. Raises InputError if no host delivers one, or another has its name."""
     if not settings.hosts or not all(re.fullmatch("https?://.+/", host) for host in settings.hosts):
         raise InputError("--hosts takes addresses that begin with http:// or https:// and end with /")
     md5sums = read_md5sums(settings.md5sums) if settings.md5sums else MD5SUMS
@@ -66,8 +68,7 @@ def fetch_and_unpack(settings):
     if not settings.md5sums:  # a mirror's archive may have another size
         require_disk_space(settings.data)
     for name in MD5SUMS:
-        obtain(settings, name, md5sums[name])
-    unpack(settings.data)
+        fetch_file(settings, name, md5sums[name])
 
 
 def read_md5sums(path):
@@ -88,8 +89,8 @@ def require_disk_space(data):
         raise InputError(f"{has}: make room or give another --data")
 
 
-def obtain(settings, name, md5):
-    """Bring one file into the data folder unless it is there; InputError if another has its name, or none delivers."""
+def fetch_file(settings, name, md5):
+    """Fetch a file, unless it is there, from the hosts in turn, until one delivers it."""
     stored = settings.data / ("tags.csv" if name == "annotations_final.csv" else name)
     for path in (stored, settings.data / name):
         if path.exists():
@@ -98,24 +99,14 @@ def obtain(settings, name, md5):
             os.replace(path, stored)
             print(f"{stored}: already there")
             return
-    fetch(settings, name, stored, md5)
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def fetch(settings, name, path, md5):
-    """Fetch `name` into `path` from the hosts in turn, until one delivers it. Raises InputError if none does."""
     failures = {}
     for attempt in range(settings.attempts):
         if attempt:
             time.sleep(min(settings.pause * 2 ** (attempt - 1), LONGEST_PAUSE))
         for host in settings.hosts:
-            print(f"{path}: fetching {host + name}")
+            print(f"{stored}: fetching {host + name}")
             try:
-                return download(host + name, path, md5, settings.timeout)
+                return download(host + name, stored, md5, settings.timeout)
             except InputError as error:
                 print(f"{host + name}: {error}")
                 failures[host] = error
@@ -123,6 +114,11 @@ def fetch(settings, name, path, md5):
         f"{name} could not be fetched ({'; '.join(f'{host}: {error}' for host, error in failures.items())}): run the "
         f"same command later, or first download {settings.hosts[0] + name} by hand into {settings.data} (MD5 {md5})"
     )
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def download(url, path, md5, timeout):

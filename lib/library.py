@@ -125,7 +125,9 @@ def continued_table(path, files, tag_names, checkpoint):
     first_line = io.StringIO(newline="")
     csv.writer(first_line).writerow(header)
     encoding = {"newline": "", "errors": "surrogateescape"}
-    stamps = {str(file): _stamp(file) for file in files}
+    stamps = dict.fromkeys(map(str, files), ["", ""])  # size and time, by which a change is noticed
+    for file in filter(os.path.exists, files):
+        stamps[str(file)] = [str(os.path.getsize(file)), f"{os.path.getmtime(file):.3f}"]
     with lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is at work on it; wait for its end"):
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else first_line.getvalue()
         if not text.startswith(first_line.getvalue()):
@@ -145,12 +147,3 @@ def continued_table(path, files, tag_names, checkpoint):
 
             done = {row[0] for row in rows}
             yield [file for file in files if str(file) not in done], add
-
-
-def _stamp(file):
-    """Return size and time of a file, by which a change is noticed, as the table has them."""
-    try:
-        facts = os.stat(file)
-        return [str(facts.st_size), f"{facts.st_mtime:.3f}"]
-    except OSError:
-        return ["", ""]

@@ -139,11 +139,7 @@ def compare_with_paper(checkpoint):
     figures = f"the paper: validation {PAPER['validation']:.3f}, test {PAPER['test']:.3f} (MagnaTagATune)"
     if checkpoint["synthetic"]:
         return f"{figures}; the scores above are on SYNTHETIC clips and say nothing about music"
-    return figures if is_papers_experiment(checkpoint) else f"{figures}; not comparable: other clips, tags or split"
-
-
-def is_papers_experiment(checkpoint):
-    """Return whether clips, tags and split are the paper's."""
     sizes = {part: len(ids) for part, ids in checkpoint["clip_ids"].items()}
     papers = {"split": "random", "n_tags": 50, "merge_tags": True}
-    return sizes == PAPER_SIZES and papers.items() <= checkpoint["hyperparameters"].items()
+    same = sizes == PAPER_SIZES and papers.items() <= checkpoint["hyperparameters"].items()
+    return figures if same else f"{figures}; not comparable: other clips, tags or split"

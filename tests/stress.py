@@ -340,7 +340,7 @@ def archives(good, case, rng):
     try:
         md5sums = get_data.read_md5sums(case / "md5sums.txt")
         for part in get_data.PARTS:
-            get_data.obtain(get_data.Settings(data), part, md5sums[part])
+            get_data.fetch_file(get_data.Settings(data), part, md5sums[part])
         get_data.unpack(data)
     except InputError:
         if files_in(data).items() <= (parts | good.members).items():  # no clip or whole ones

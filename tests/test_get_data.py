@@ -230,7 +230,7 @@ def test_pauses(monkeypatch, tmp_path, server):
     monkeypatch.setattr("get_data.time.sleep", paused.append)
     server.tricks[PART] = [web.answer(503)] * 8
     settings = get_data.Settings(data=tmp_path, hosts=(server.url,), attempts=9)
-    get_data.fetch(settings, PART, tmp_path / PART, md5(FILE))
+    get_data.fetch_file(settings, PART, md5(FILE))
     assert paused == [1, 2, 4, 8, 16, 32, 60, 60]
 
 

@@ -140,7 +140,7 @@ def test_the_dump(run_script, clips):
 
 BAD = {  # what is in the file, the clip's outcome, a part of the reason
     "missing.mp3": (None, "zero", "no such file"),
-    "empty.mp3": (b"", "zero", "empty file"),
+    "empty.mp3": (b"", "zero", "can't be decoded"),
     "text.mp3": (b"<html>404</html>" * 100, "zero", "can't be decoded"),
     "folder.mp3": (Path.mkdir, "zero", "is a directory"),
     "nan.wav": (np.full(11025 * 30, np.nan), "zero", "not finite"),
