@@ -22,7 +22,7 @@ from lib.feeder import Feeder, predict
 from lib.library import tag_files
 from lib.parallel import autocast, choose_device
 from lib.scores import format_score
-from lib.tagger import Tagger, network_in_precision  # noqa: F401 - Tagger: for other programs
+from lib.tagger import Tagger, network_of  # noqa: F401 - Tagger: for other programs
 from tags import clip_info_of, select_tags
 
 
@@ -89,9 +89,6 @@ def main():
     write_results(path.parent, results, checkpoint["tag_names"], labels, probabilities, rows_of, dump)
 
 
-# Scores
-
-
 def clips_of(checkpoint, dump, other_data):
     """Return (labels, rows): the dump's labels for the checkpoint's tags, and its rows of each part of the split.
 
@@ -118,7 +115,7 @@ def clips_of(checkpoint, dump, other_data):
 def predict_rows(checkpoint, dump, rows, device, settings):
     """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
     normalization = [checkpoint["normalization"][name].numpy() for name in ("mean", "std")]
-    net, precision = network_in_precision(checkpoint, device, settings.precision)
+    net, precision = network_of(checkpoint, device, settings.precision)
     feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision), resident="no")
     with autocast(device, precision):
         return predict(net, feeder, rows, settings.batch_size)
@@ -167,9 +164,6 @@ def leakage(labels, probabilities, info, rows, training_rows):
     auc = scores.macro(scores.roc_auc(labels[rows][fresh], probabilities[fresh])) if enough else np.nan
     shares = {f"share_of_{kind}": float(clips.mean()) for kind, clips in shared.items()}
     return {**shares, "clips_of_other_tracks": int(fresh.sum()), "roc_auc_of_other_tracks": auc}
-
-
-# What is written and printed
 
 
 def write_results(folder, results, tag_names, labels, probabilities, rows_of, dump):
@@ -259,14 +253,11 @@ def print_part(part, result):
         print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
 
 
-# Two experiments
-
-
 def compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, intervals, device):
     """Print, write and draw how the checkpoint differs from that of --against, on clips that both held out.
 
-    `labels` are those of the checkpoint's tags, and serve for both. Raises InputError if one was trained on, or chosen
-    by, clips that the other is tested on, or if they share no test clips or no tags.
+    Raises InputError if one was trained on, or chosen by, clips that the other is tested on, or if they have no test
+    clips in common, or other tags.
     """
     other = load_checkpoint(settings.experiments / settings.against / "best.pt")
     others_rows_of = clips_of(other, dump, settings.other_data)[1]
@@ -275,24 +266,22 @@ def compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, int
         if n_seen:
             clips = f"{n_seen:,} of the {len(tested['test']):,} test clips of one"
             raise InputError(f"{settings.name}, {settings.against}: the other was trained on, or chosen by, {clips}")
-    rows = np.intersect1d(rows_of["test"], others_rows_of["test"])
-    tags = [tag for tag in checkpoint["tag_names"] if tag in other["tag_names"]]
-    if not len(rows) or not tags:
-        raise InputError(f"{settings.name}, {settings.against}: have no test clips, or no tags, in common")
-    labels = labels[rows][:, [checkpoint["tag_names"].index(tag) for tag in tags]]
-    found = []
-    for its in (checkpoint, other):
-        columns = [its["tag_names"].index(tag) for tag in tags]
-        probabilities = predict_rows(its, dump, rows, device, settings)[:, columns]
-        found.append(scores.scores_of(labels, probabilities, groups[rows], settings.resamples, settings.seed))
-    difference = found[0].minus(found[1])
+    rows, tags = np.intersect1d(rows_of["test"], others_rows_of["test"]), checkpoint["tag_names"]
+    if not len(rows) or other["tag_names"] != tags:
+        raise InputError(f"{settings.name}, {settings.against}: have no test clips in common, or other tags")
+    predicted = [predict_rows(its, dump, rows, device, settings) for its in (checkpoint, other)]
+    ours, theirs = (
+        scores.scores_of(labels[rows], probabilities, groups[rows], settings.resamples, settings.seed)
+        for probabilities in predicted
+    )
+    difference = ours.minus(theirs)
     result = {
         "name": settings.name,
         "against": settings.against,
         "clips": len(rows),
         "intervals": intervals,
         **difference.macro(),
-        "tags": per_tag_rows(tags, labels, difference),
+        "tags": per_tag_rows(tags, labels[rows], difference),
     }
     print_comparison(result)
     folder = (settings.checkpoint or settings.experiments / settings.name / "best.pt").parent

@@ -73,13 +73,11 @@ def decode(path, seconds=None):
                 # After a short block, libsndfile would search an mp3's end, and might repeat a damaged one's middle
                 n_left = n_left - n_wanted if len(block) == n_wanted else 0
             return np.concatenate(blocks), file.samplerate
-    except soundfile.LibsndfileError as error:
-        message = error.error_string.rstrip(".").lower()
+    except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
+        message = getattr(error, "error_string", reason(error)).rstrip(".").lower()
         if "does not exist" in message:  # libsndfile's words for an mp3 without a single frame
             message = "format not recognised"
         raise InputError(f"can't be decoded ({message})") from error
-    except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
-        raise InputError(f"can't be decoded ({reason(error)})") from error
 
 
 def promised_seconds(path):

@@ -65,13 +65,6 @@ def _check(checkpoint):
         raise InputError("it holds values that are not finite")
 
 
-def network_of(checkpoint, device):
-    """Return the checkpoint's network on `device`, ready to predict."""
-    net = MultiScaleCNN(len(checkpoint["tag_names"]))
-    net.load_state_dict(checkpoint["weights"])
-    return net.eval().to(device, memory_format=torch.channels_last)
-
-
 def take_weights(checkpoint, net, tag_names, front_end):
     """Copy the checkpoint's weights into `net`, but for the last layer if its tags are not `tag_names`; say so.
 
@@ -85,9 +78,6 @@ def take_weights(checkpoint, net, tag_names, front_end):
     net.load_state_dict(weights, strict=same_tags)
     top = "with its own" if same_tags else "for other tags, with a fresh"
     print(f"starting   from a checkpoint of epoch {checkpoint['history'][-1]['epoch']}, {top} last layer")
-
-
-# Resuming
 
 
 def resume_state(optimizer, train, rng, device):

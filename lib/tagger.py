@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, SAMPLE_RATE, load, log_mel, resample
-from lib.checkpoint import load_checkpoint, network_of
+from lib.checkpoint import load_checkpoint
 from lib.common import InputError, reason
 from lib.feeder import to_probabilities
 from lib.parallel import autocast, choose_device, prepare_device
+from model import MultiScaleCNN
 
 CLIPS_AT_ONCE = 9  # go through the network: a song of four minutes; 0.2 GB in float32
 
@@ -30,7 +31,7 @@ class Tagger:
             raise InputError(f"{checkpoint_path}: trained on spectrograms of another front end; train again")
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
         self.device = choose_device(device)
-        self.net, self.precision = network_in_precision(checkpoint, self.device, precision)
+        self.net, self.precision = network_of(checkpoint, self.device, precision)
         self.mean, self.std = (checkpoint["normalization"][name].numpy()[:, None] for name in ("mean", "std"))
 
     def __call__(self, audio, sample_rate=None):
@@ -66,13 +67,15 @@ class Tagger:
         return {self.tag_names[tag]: float(mean[tag]) for tag in np.argsort(-mean, kind="stable")}
 
 
-def network_in_precision(checkpoint, device, precision):
+def network_of(checkpoint, device, precision="checkpoint"):
     """Return (network, precision) on `device`; a `precision` of "checkpoint" is the one that it was trained in."""
     trained = checkpoint["hyperparameters"]
     if precision == "checkpoint":
         precision = trained.get("precision", "float32")
     dtype = prepare_device(device, precision, trained.get("tf32", True))
-    return network_of(checkpoint, device).to(dtype), precision
+    net = MultiScaleCNN(len(checkpoint["tag_names"]))
+    net.load_state_dict(checkpoint["weights"])
+    return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
 def windows(samples):

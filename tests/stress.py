@@ -41,9 +41,10 @@ from librosa.feature import melspectrogram
 import get_data
 from gen_spectrograms import read_clip
 from lib.audio import log_mel
-from lib.checkpoint import load_checkpoint, network_of
+from lib.checkpoint import load_checkpoint
 from lib.common import InputError, Range, run, settings_from_command_line
 from lib.dump import Dump
+from lib.tagger import network_of
 from tags import read_annotations
 
 

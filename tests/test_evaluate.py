@@ -14,10 +14,11 @@ from sklearn.metrics import roc_auc_score
 import evaluate
 from conftest import write_dump
 from lib.audio import FRONT_END
-from lib.checkpoint import load_checkpoint, network_of, save
+from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError
 from lib.dump import Dump
 from lib.parallel import autocast
+from lib.tagger import network_of
 from model import MultiScaleCNN, initialize
 from tags import ClipInfo
 
@@ -91,7 +92,7 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     table = list(csv.DictReader((evaluated / "per_tag.csv").open()))
     assert [row["part"] for row in table] == ["validation"] * 3 + ["test"] * 3
     labels = np.load(evaluated / "tags.npy")[29:]
-    net = network_of(load_checkpoint(evaluated / "best.pt"), torch.device("cpu"))
+    net = network_of(load_checkpoint(evaluated / "best.pt"), torch.device("cpu"))[0]
     clips = np.concatenate([np.load(evaluated / f"spectrograms_{index}.npy") for index in range(3)])[29:]
     with torch.no_grad():
         logits = net(torch.from_numpy((clips[:, None] + 5) / 3)).numpy()
@@ -181,7 +182,7 @@ def test_the_network_computes_in_the_checkpoints_precision(hyperparameters, aske
     spectrograms = torch.from_numpy((dump.chunks[0][:3, None] + 5) / 3)
 
     def probabilities(precision):
-        net = network_of(checkpoint, device).to(torch.float64 if precision == "float64" else torch.float32)
+        net, _ = network_of(checkpoint, device, precision)
         with torch.no_grad(), autocast(device, precision):
             return torch.sigmoid(net(spectrograms.to(getattr(torch, precision))).double()).numpy()
 
