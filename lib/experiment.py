@@ -11,7 +11,7 @@ from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock, whole_file, write_table
 from lib.parallel import barrier, is_main_process
 
-NOT_HYPERPARAMETERS = {"data", "experiments", "name", "resume", "overwrite", "device", "compile", "graph", "resident"}
+MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device", "graph", "resident"}
 # Besides last.pt, by trainer.py and by evaluate.py
 OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.*")
 OUTPUTS += ("correlations.png", "taggram_*.png", "predictions_*.csv", "worth_a_listen.csv", "comparison.*")
@@ -47,26 +47,18 @@ def saved_experiment(folder, settings):
     if "continuation" not in saved:
         raise InputError(f"{last}: lacks the state that resuming needs; it is a copy of another checkpoint")
     require_same_hyperparameters(saved, settings, last)
-    *_, chosen = (row["epoch"] for row in saved["history"] if row["best"])
-    if not saved["history"][-1]["best"]:  # otherwise best.pt is written anew, in case a kill came before it
-        if not best.exists() or load_checkpoint(best)["history"] != saved["history"][: chosen + 1]:
-            raise InputError(f"{best}: missing, or not epoch {chosen} of this experiment; --overwrite begins anew")
+    if not best.exists() and not saved["history"][-1]["best"]:  # else it is written anew: a kill came before it
+        raise InputError(f"{best}: missing; --overwrite begins anew")
     return saved
 
 
 def require_same_hyperparameters(saved, settings, path):
-    """Raise InputError if `settings` would have made other epochs than those that `saved` has behind it."""
-    n_epochs = saved["history"][-1]["epoch"]
-
-    def of_finished_epochs(chosen):
-        drops = sorted(drop for drop in chosen["drop_after"] if drop < n_epochs)
-        return {**chosen, "drop_after": drops, "epochs": min(chosen["epochs"], n_epochs)}
-
-    then, now = of_finished_epochs(saved["hyperparameters"]), of_finished_epochs(hyperparameters(settings))
+    """Raise InputError if `settings` are of another experiment than `saved`; only more epochs are the same one."""
+    then, now = saved["hyperparameters"], hyperparameters(settings)
     differing = [
         f"{name} ({then.get(name)} there, {value} now)"
         for name, value in now.items()
-        if name not in NOT_HYPERPARAMETERS and then.get(name, getattr(type(settings), name)) != value
+        if name not in MAY_DIFFER and then.get(name, getattr(type(settings), name)) != value
     ]
     if differing:
         raise InputError(f"{path}: begun with other hyperparameters: {', '.join(differing)}; resume with the same")

@@ -70,11 +70,7 @@ def print_tags(settings, tagger, folder, files):
             if not settings.json:
                 print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
             if settings.taggram:
-                try:
-                    draw_taggram(tagger, samples, settings.top, path, folder, pictures)
-                except Exception as error:
-                    n_errors += 1
-                    print(f"error: {path}: {reason(error)}", file=sys.stderr)
+                draw_taggram(tagger, samples, settings.top, path, folder, pictures)
     finally:  # after Ctrl-C too
         if settings.json:
             print(json.dumps(found, indent=1, allow_nan=False))

@@ -128,10 +128,9 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     soundfile.write(folder / "CD2/01.ogg", music(551 / 11025), 11025)
     soundfile.write(folder / "low.wav", music(3, 8000), 8000)
     os.rename(folder / "low.wav", folder / "low \udce9.wav")  # a name that is not UTF-8
-    soundfile.write(folder / f"{'n' * 240}.wav", music(800 / 11025), 11025)
     (folder / "notes.txt").write_text("not music")
     good = [tmp_path / "long é.flac", tmp_path / "one sample.wav", tmp_path / "cut.mp3"]
-    in_folder = ["CD1/01.ogg", "CD2/01.ogg", "low \udce9.wav", f"{'n' * 240}.wav"]
+    in_folder = ["CD1/01.ogg", "CD2/01.ogg", "low \udce9.wav"]
 
     soundfile.write(tmp_path / "damaged.mp3", music(20), 11025)
     damaged = bytearray((tmp_path / "damaged.mp3").read_bytes())
@@ -153,8 +152,7 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     assert re.fullmatch(rf"note: {tmp_path}/cut.mp3: only the first (9|10)\.\d s of 20.0 s could be read", note)
     errors = [line for line in lines if line != note]
     assert all(line.startswith("error: ") for line in errors), "and no decoder's comments"
-    assert all(any(f"error: {path}: " in line for line in errors) for path in bad) and len(errors) == len(bad) + 1
-    assert "n.wav: " in errors[-1] and errors[-1].endswith("File name too long")
+    assert all(any(f"error: {path}: " in line for line in errors) for path in bad) and len(errors) == len(bad)
     pictures = ["long é.flac", "one sample.wav", "01.ogg", "CD2_01.ogg", "low \udce9.wav"]
     for picture in pictures:
         assert (tmp_path / f"taggram_{picture}.png").read_bytes().startswith(b"\x89PNG")
