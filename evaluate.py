@@ -220,6 +220,9 @@ def print_tags(rows):
     for row in ranked:
         share = f"{row['positives']:,} ({row['prevalence']:.1%})"
         print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
+    scored = [row["tag"] for row in ranked if not np.isnan(row["roc_auc"])]
+    if len(scored) >= 10:
+        print(f"best five: {', '.join(scored[:5])}; worst five: {', '.join(scored[-5:])}")
 
 
 def bracketed(row, score):

@@ -22,18 +22,8 @@ import numpy as np
 
 from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, SAMPLE_RATE, decode, log_mel, resample
 from lib.audio import log_mel_spectrogram  # noqa: F401 - for other programs
-from lib.common import (
-    ROOT,
-    InputError,
-    Range,
-    naming,
-    progress,
-    reason,
-    run,
-    settings_from_command_line,
-    whole_file,
-    write_table,
-)
+from lib.common import ROOT, InputError, Range, naming, progress, reason, run
+from lib.common import settings_from_command_line, whole_file, write_table
 from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump, crc_of_file
 from lib.dump import divide, dump_lock, read_manifest, write_manifest
 from tags import read_annotations
@@ -47,7 +37,6 @@ class Settings:
     overwrite: bool = False  # delete the dump in the folder and start over
 
 
-CLIPS_AT_ONCE = 8  # are decoded, then transformed: each step's code stays in the cache for several clips
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
 
@@ -120,11 +109,9 @@ def make_chunks(chunks, plan, mp3_paths):
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
-    paths_of = {chunk: [mp3_paths[row] for row in chunk.rows] for chunk in chunks}
-    workers = [
-        context.Process(target=make_chunk, args=(*task, plan, failures), daemon=True) for task in paths_of.items()
-    ]
-    with progress(total=sum(map(len, paths_of.values())), unit="clip", smoothing=0.05) as bar:
+    tasks = [(chunk, plan, mp3_paths, failures) for chunk in chunks]
+    workers = [context.Process(target=make_chunk, args=task, daemon=True) for task in tasks]
+    with progress(total=sum(len(chunk.rows) for chunk in chunks), unit="clip", smoothing=0.05) as bar:
         for worker in workers:
             worker.start()
         while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
@@ -134,12 +121,12 @@ def make_chunks(chunks, plan, mp3_paths):
         raise failures.get()
     for worker, chunk in zip(workers, chunks):
         if worker.exitcode:
-            near = ", ".join(paths_of[chunk][len(chunk.entries()) :][:1])
+            near = [mp3_paths[row] for row in chunk.rows[len(chunk.entries()) :][:1]]
             died = f"its process died (exit status {worker.exitcode}) near {near}"
             raise InputError(f"{chunk.file}: {died}; the same command goes on from there")
 
 
-def make_chunk(chunk, mp3_paths, plan, failures):
+def make_chunk(chunk, plan, mp3_paths, failures):
     """Worker process: make one chunk, from its first missing clip."""
     import torch
 
@@ -154,12 +141,11 @@ def make_chunk(chunk, mp3_paths, plan, failures):
             if manifest_of(chunk.file.parent, plan)["complete"] or chunk.is_complete():
                 return  # another process has completed it while this one waited
             writer = ChunkWriter(chunk)
-            for start in range(writer.n_done, len(mp3_paths), CLIPS_AT_ONCE):
-                paths = mp3_paths[start : start + CLIPS_AT_ONCE]
-                for samples, outcome, why in [read_clip(chunk.file.parent, path) for path in paths]:
-                    writer.append(None if samples is None else log_mel(samples), outcome, why)
-                    if os.getppid() != multiprocessing.parent_process().pid:
-                        return  # the parent process was killed
+            for row in chunk.rows[writer.n_done :]:
+                samples, outcome, why = read_clip(chunk.file.parent, mp3_paths[row])
+                writer.append(None if samples is None else log_mel(samples), outcome, why)
+                if os.getppid() != multiprocessing.parent_process().pid:
+                    return  # the parent process was killed
             writer.finish()
     except Exception as error:
         error.add_note(traceback.format_exc())  # for the parent, which gets the error without its traceback
@@ -188,21 +174,15 @@ def finish(data, plan, annotations, chunks):
     clips = zip(annotations.ids, annotations.mp3_paths, entries)
     bad = [(clip, mp3_path, outcome, why) for clip, mp3_path, (_, outcome, why) in clips if outcome]
     write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *bad])
-    arrays = {
-        "ids.npy": annotations.ids,
-        "tags.npy": annotations.labels,
-        "tag_names.npy": np.array(annotations.tag_names),
-        "mp3_paths.npy": np.array(annotations.mp3_paths),
-    }
-    crcs = {}
-    for name, array in arrays.items():
+    crcs = {chunk.file.name: chunk.crc() for chunk in chunks}
+    for name, values in zip(("ids.npy", "tags.npy", "tag_names.npy", "mp3_paths.npy"), annotations):
         with whole_file(data / name) as file:
-            np.save(file, array, allow_pickle=False)
+            np.save(file, np.array(values), allow_pickle=False)
         crcs[name] = crc_of_file(data / name)
     manifest |= {
         "outcomes": {kind: sum(entry[1] == kind for entry in entries) for kind in ("zero", "padded")},
         "synthetic": (data / "SYNTHETIC.txt").exists(),
-        "crc32": crcs | {chunk.file.name: chunk.crc() for chunk in chunks},
+        "crc32": crcs,
         "complete": True,
     }
     write_manifest(data, manifest)

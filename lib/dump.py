@@ -20,7 +20,7 @@ from lib.common import InputError, lock, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
-LOCK_SECONDS = 5  # a killed run's last worker may take eight clips' time to notice
+LOCK_SECONDS = 5  # a killed run's last worker may take a while to notice
 ANEW = "gen_spectrograms.py --overwrite makes the dump anew"
 
 
