@@ -8,13 +8,14 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lib.audio import HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
+from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
 from lib.common import InputError, lock, progress, reason, whole_file
 from lib.dump import crc_of_file
 from lib.feeder import load_ahead
-from lib.tagger import Tagger, audio_files, silence_decoders, taggram, windows
+from lib.tagger import Tagger, audio_files, windows
 
 THREADS = os.cpu_count() or 1  # decode as many files ahead of the network
 INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header promises, as some mp3 files are
@@ -24,7 +25,8 @@ def tag_files(settings, checkpoint_path):
     """Print the tags of the music of --tag, or write a table of them; return the exit status, 1 after an error."""
     if not settings.tag:
         raise InputError("--tag: needs audio files, or folders of them, after it")
-    silence_decoders()
+    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where decoders' C libraries comment on each damaged frame
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
     if tagger.synthetic and not settings.json:
         print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little")
@@ -93,7 +95,9 @@ def tag_library(table, tagger, checkpoint, files):
 def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
     """Draw an audio file's spectrogram above its most likely tags over time, into `folder`.
 
-    The picture has the file's name, after as many of its folders as make it another than those in `pictures`.
+    The picture has the file's name, after as many of its folders as make it another than those in `pictures`. Its
+    columns, 120 at most and at least a second apart, are each the network's answer for the 29.1 s around it; at the
+    ends the recording is continued by its mirror image.
     """
     from lib import figures  # matplotlib takes a while to import
 
@@ -102,7 +106,11 @@ def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
         picture = folder / f"taggram_{'_'.join(file.parts[-n_parts:])}.png"
         if pictures.setdefault(picture, file) == file:
             break
-    times, probabilities = taggram(tagger, samples)
+    step = max(SAMPLE_RATE, -(-len(samples) // 120))
+    centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
+    mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
+    clips = [mirrored[centre : centre + CLIP_SAMPLES] for centre in centres]
+    times, probabilities = centres / SAMPLE_RATE, tagger.probabilities(tagger.spectrograms(clips))
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
     title = path.name.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
     figures.taggram(picture, spectrogram, tagger.tag_names, times, probabilities, title, n_tags, tagger.synthetic)

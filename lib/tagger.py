@@ -1,13 +1,12 @@
 """A trained network at work on music: audio files, or arrays of samples, of any length."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, SAMPLE_RATE, load, log_mel, resample
+from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, load, log_mel, resample
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError, reason
 from lib.feeder import to_probabilities
@@ -90,18 +89,6 @@ def windows(samples):
     return [samples[start : start + CLIP_SAMPLES + N_FFT // 2] for start in starts]
 
 
-def taggram(tagger, samples):
-    """Return the tags over time: (columns,) in seconds, 120 at most, at least one apart, and (columns, tags).
-
-    Each is the network's answer for the 29.1 s around it; at the ends the recording is continued by its mirror image.
-    """
-    step = max(SAMPLE_RATE, -(-len(samples) // 120))
-    centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
-    mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
-    spectrograms = tagger.spectrograms([mirrored[centre : centre + CLIP_SAMPLES] for centre in centres])
-    return centres / SAMPLE_RATE, tagger.probabilities(spectrograms)
-
-
 def audio_files(paths):
     """Return (files, problems): `paths`, with the audio files in them for the folders, and a line for each bad folder.
 
@@ -123,9 +110,3 @@ def audio_files(paths):
         files += audio
         problems += map(reason, errors)
     return files, problems
-
-
-def silence_decoders():
-    """Discard what the decoders' C libraries write to file descriptor 2, such as a line for each damaged frame."""
-    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
