@@ -1,7 +1,6 @@
 """Measure speed and memory, each speed beside a plain baseline that takes its turns in the same run.
 
-Run by hand, on a machine that does nothing else; prints a table in Markdown. --full-size PATH adds the rows that need
-a dump of MagnaTagATune's size; --gpu measures 40 epochs on it instead.
+Run by hand, on a machine that does nothing else; prints a table in Markdown.
 """
 
 import contextlib
@@ -47,23 +46,16 @@ class Settings:
     only: tuple[Row, ...] = get_args(Row)  # rows to measure
     rounds: Annotated[int, Range(1)] = 7  # measured of each side in turn
     clips: Annotated[int, Range(1)] = 480  # of one run of gen_spectrograms.py and of its baseline
-    full_size: Path | None = None  # folder of a full-size dump; random numbers (8.3 GB) if it is empty
-    gpu: bool = False  # only measure 40 epochs on a CUDA GPU, on the dump of --full-size
-    profile: bool = False  # only print what takes the time of a training step
+    gpu: Path | None = None  # only measure 40 epochs on a CUDA GPU, on this full-size dump; an empty folder gets 8.3 GB
 
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
-    if settings.gpu and not (settings.full_size and torch.cuda.is_available()):
-        raise InputError("--gpu needs a CUDA GPU and --full-size PATH: a full-size dump, or an empty folder for 8.3 GB")
+    if settings.gpu and not torch.cuda.is_available():
+        raise InputError("--gpu: there is no CUDA GPU here")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         scratch = Path(scratch)
-        if settings.profile:
-            return profile_step(scratch)
-        rows = [] if settings.gpu else compared_rows(settings, scratch)
-        if settings.full_size:
-            make_dump(settings.full_size, 25863)
-            rows += (gpu_rows if settings.gpu else full_size_rows)(settings.full_size, scratch)
+        rows = gpu_rows(settings.gpu, scratch) if settings.gpu else compared_rows(settings, scratch)
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     print(f"\n{cpu[1] if cpu else os.uname().machine}, {os.cpu_count()} cores\n")
     print("| what | baseline | ours | ratio (of all rounds) | to reach |\n|---|---|---|---|---|")
@@ -273,16 +265,6 @@ class PlainCNN(nn.Module):
         return self.top(self.regularized(self.joined(torch.cat(branches, dim=1))))
 
 
-def profile_step(scratch):
-    """Print torch.profiler's table of the tenth training step, in bfloat16, on a CUDA GPU if there is one."""
-    make_dump(scratch / "dump", 12 * BATCH)
-    tenth = torch.profiler.schedule(wait=8, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(schedule=tenth) as profiler:  # of all there is, CPU and GPU
-        train(scratch, "--epochs", 1, "--precision", "bfloat16", after_step=profiler.step)
-    order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-    print(profiler.key_averages().table(order, 15, max_name_column_width=40))
-
-
 def our_song(scratch):
     tagger = Tagger(scratch / "run/best.pt", "cpu", "float32")
 
@@ -303,50 +285,33 @@ def plain_song(scratch):
     return rate(1, decode), plain_network_rate(n_windows, 1) / n_windows
 
 
-def full_size_rows(data, scratch):
-    """Return the rows of trainer.py's start, and of its memory up to step 100."""
-    options = "--device", "cpu", "--train-size", 100 * BATCH, "--validation-size", BATCH, "--epochs", 1
-    seconds, memory = watch(data, scratch, "epoch   1", *options)
-    what = "Start of trainer.py on 25,863 clips in the file cache, until all are read and checked"
-    return [
-        (what, "", f"{seconds['schedule ']:.1f} s", "", "at most 20 s"),
-        ("Its peak anonymous memory, up to step 100", "", f"{memory / 1e9:.2f} GB", "", "at most 3 GB"),
-    ]
-
-
 def gpu_rows(data, scratch):
     """Return the rows of 40 epochs, validations included."""
+    make_dump(data, 25863)
     rows = []
     for how, to_reach in (("bfloat16 --graph", "30 s"), ("float32 --graph", "75 s"), ("bfloat16 --no-graph", "")):
-        seconds, _ = watch(data, scratch, "best vali", "--precision", *how.split())
+        seconds = watch(data, scratch, "--precision", *how.split())
         start, end = seconds["epoch   0"], seconds["epoch  40"]
         what = f"40 epochs, {torch.cuda.get_device_name()}, {how} (not counted: start and validation, {start:.1f} s)"
         rows.append((what, "", f"{end - start:.1f} s", "", to_reach))
     return rows
 
 
-def watch(data, scratch, last, *options):
-    """Run trainer.py until it prints the line that begins with `last`.
-
-    Returns the seconds to each line by its first nine characters, and the peak of the anonymous memory in bytes.
-    """
+def watch(data, scratch, *options):
+    """Run trainer.py; return the seconds to each line that it prints, by its first nine characters."""
     for file in data.glob("*.npy"):
         crc_of_file(file)  # which brings it into the file cache, if memory allows
     folders = "--data", data, "--experiments", scratch, "--overwrite"
-    started, seconds, memory = timeit.default_timer(), {}, 0
+    started, seconds = timeit.default_timer(), {}
     command = [sys.executable, ROOT / "trainer.py", *map(str, [*folders, *options])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", file=sys.stderr)
             seconds[line[:9]] = timeit.default_timer() - started
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            memory = max(memory, 1024 * sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status))))
-            if last in seconds:
-                process.terminate()
-    if last not in seconds:
-        raise InputError("trainer.py ended too early")
-    return seconds, memory
+    if process.returncode:
+        raise InputError("trainer.py failed")
+    return seconds
 
 
 if __name__ == "__main__":
-    run(main, "delete what --full-size has made so far, and start again")
+    run(main, "delete what --gpu has made so far, and start again")

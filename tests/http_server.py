@@ -4,10 +4,7 @@ A trick is a function of the request's handler and the file's bytes.
 """
 
 import re
-import socket
-import struct
 import threading
-import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -76,12 +73,6 @@ def close(handler):
 
 def hang(handler):
     handler.server.closing.wait(60)
-
-
-def reset(handler):
-    time.sleep(0.5)  # a reset throws away what the client has not read yet
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
-    close(handler)
 
 
 def stop_after(sent, then=close):

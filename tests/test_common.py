@@ -38,8 +38,10 @@ def test_a_value_that_makes_no_sense_is_one_line(script, option, call_script, tm
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_what_each_switch_does(script, run_script):
-    help_text = " ".join(run_script(f"{script}.py", "--help").stdout.split())
+def test_help_says_what_each_switch_does(script, run_script, tmp_path):
+    wide = {**os.environ, "COLUMNS": "300"}
+    help_text = " ".join(run_script(f"{script}.py", "--help", cwd=tmp_path, env=wide).stdout.split())
+    assert script == "model" or f"(default: {ROOT / 'data'})" in help_text, "wherever it is started"
     for field in dataclasses.fields(importlib.import_module(script).Settings):
         name = field.name.replace("_", "-")
         assert f"--{name}, --no-{name}" in help_text if isinstance(field.default, bool) else f"--{name} " in help_text

@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -95,14 +94,7 @@ def test_mp3s_are_encoded_as_magnatagatunes(rendered, rows):
         assert (decoded.shape, rate) == ((465_984,), 16000)  # as the real clips: 628 frames at 11,025 Hz
 
 
-@pytest.mark.parametrize(
-    "stop, status, line",
-    [
-        (signal.SIGKILL, -signal.SIGKILL, ""),
-        (signal.SIGINT, 130, "\ninterrupted; the same command goes on from here\n"),
-    ],
-)
-def test_goes_on_to_the_same_bytes(rendered, run_script, tmp_path, stop, status, line):
+def test_goes_on_to_the_same_bytes(rendered, run_script, tmp_path):
     """A pipe in the last clip's place holds a thread there."""
     folder = tmp_path / "demo"
     demo.claim(folder, N_CLIPS, SEED)
@@ -110,28 +102,20 @@ def test_goes_on_to_the_same_bytes(rendered, run_script, tmp_path, stop, status,
     pipe.parent.mkdir()
     os.mkfifo(pipe)
     command = f"get_data.py --demo --data {tmp_path} --demo-clips {N_CLIPS} --demo-seed {SEED}".split()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
     try:
         deadline = time.monotonic() + 60
         while len(kept := list(folder.rglob("*.mp3"))) < N_CLIPS - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(stop)
-        _, told = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert (process.returncode, told) == (status, line)
+        process.wait()
     assert kept and not (folder / "tags.csv").exists()
     written = kept[0].stat().st_mtime_ns
     pipe.unlink()
     assert run_script(*command).stdout == f"next: python gen_spectrograms.py --data {folder}\n"
     assert kept[0].stat().st_mtime_ns == written
     assert contents(folder) == contents(rendered)
-
-
-def test_seeds_differ():
-    assert demo.list_clips(N_CLIPS, SEED) != demo.list_clips(N_CLIPS, SEED + 1)
-    clip = demo.list_clips(1, SEED)[0]
-    assert np.abs(demo.play(clip, SEED) - demo.play(clip, SEED + 1)).max() > 0.01
 
 
 def test_refusals(rendered, tmp_path):
@@ -179,15 +163,6 @@ def test_spellings_are_the_papers_synonyms():
     assert len(several) == 10 and several <= set(tags.SYNONYMS)
 
 
-def test_every_album_has_every_tag_and_its_opposite():
-    for start in range(0, 192, N_CLIPS):
-        album = demo.list_clips(192, SEED)[start : start + N_CLIPS]
-        for sound, *_ in demo.SPELLINGS:
-            assert {sound in clip.sounds for clip in album} == {True, False}
-        assert not any({"slow", "fast"} <= clip.sounds for clip in album)
-        assert not any({"quiet", "loud"} <= clip.sounds for clip in album)
-
-
 def test_loud_is_louder_than_quiet(rows, sounds):
     decibels = defaultdict(list)
     for row, sound in zip(rows, sounds):
@@ -205,23 +180,3 @@ def test_drums_are_heard(rows, sounds):
         rises = np.diff(low.sum(axis=1)).clip(0)
         onsets["1" in (row["drum"], row["drums"])].append(rises.sum() / np.abs(frames).sum())
     assert min(onsets[True]) > 5 * max(onsets[False])
-
-
-@pytest.mark.parametrize("semitone, hertz", [(36, 130.81), (57, 440), (71, 987.77)])
-def test_notes_are_in_tune(semitone, hertz):
-    sound = demo.note(semitone, 24_000, demo.HARMONIC**-1.5, attack=0.005, decay=0.4)
-    spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 1 << 19))
-    frequencies = np.fft.rfftfreq(1 << 19, 1 / 16000)
-    near = np.abs(frequencies / hertz - 1) < 0.06  # a semitone to either side
-    cents = 1200 * np.log2(frequencies[near][spectrum[near].argmax()] / hertz)
-    assert abs(cents) < 2
-
-
-def test_fast_music_has_more_beats():
-    for clip in demo.list_clips(60, SEED):
-        beats_per_minute = 60 * 16000 / clip.beat
-        slow, fast = "slow" in clip.sounds, "fast" in clip.sounds
-        assert (40 < beats_per_minute < 60) == slow and (160 < beats_per_minute < 200) == fast
-        assert slow or fast or 80 < beats_per_minute < 110
-        part = demo.drums(clip, np.random.default_rng(0))
-        assert np.array_equal(part[: 2 * clip.beat], part[2 * clip.beat : 4 * clip.beat])

@@ -184,12 +184,3 @@ def test_taggram_of_one_window_and_its_frequencies_where_the_front_end_s_filters
     filters = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT)
     centres = filters @ np.linspace(0, SAMPLE_RATE / 2, filters.shape[1]) / filters.sum(axis=1)
     assert np.allclose(np.interp(ticks, centres, np.arange(128)), axes.get_yticks(), atol=0.3)
-
-
-def test_fifty_tags_and_ten_minutes_are_drawn(tmp_path):
-    rng = np.random.default_rng(2)
-    names = [f"tag {number}" for number in range(50)]
-    labels, probabilities = rng.random((300, 50)) < 0.1, rng.random((300, 50))
-    figures.tag_correlations(tmp_path / "a.png", names, labels.astype(np.uint8), probabilities)
-    figures.taggram(tmp_path / "b.png", rng.normal(-9, 3, (128, 13_001)), names, np.arange(300), probabilities, "long")
-    assert is_drawn(tmp_path / "a.png") and is_drawn(tmp_path / "b.png")

@@ -3,14 +3,12 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from lib.demo import render
 from http_server import Server
 
@@ -73,13 +71,3 @@ def test_from_download_to_test_score(rendered, tmp_path, run_script, monkeypatch
     shown = "undefined" if value is None else f"{value:.4f}"
     assert trained.endswith(f"test ROC-AUC {shown}"), "training and evaluation agree"
     assert results["test"]["leakage"] is not None and results["synthetic"] is True
-
-
-def test_paths_default_to_the_repository_wherever_a_script_is_started(run_script, tmp_path):
-    for script in ("get_data.py", "gen_spectrograms.py", "tags.py", "trainer.py", "evaluate.py"):
-        help_text = " ".join(run_script(script, "--help", cwd=tmp_path, env=wide_terminal()).stdout.split())
-        assert f"(default: {ROOT / 'data'})" in help_text, script
-
-
-def wide_terminal():
-    return {**os.environ, "COLUMNS": "300"}

@@ -217,26 +217,6 @@ def workers(process):
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the worker processes in /proc")
 
 
-@on_linux
-def test_a_second_run_leaves_a_finished_dump_alone(clips):
-    """The worker that waits for the first run's lock goes on when the dump is complete and its journal is gone."""
-    first = start(clips, 1)
-    wait_for_clips(clips)
-    (writing,) = workers(first)
-    os.kill(writing, signal.SIGSTOP)
-    second = start(clips, 1)
-    (waiting,) = workers(second)
-    time.sleep(0.5)  # it waits for the lock by now
-    os.kill(waiting, signal.SIGSTOP)
-    os.kill(writing, signal.SIGCONT)
-    assert first.wait(60) == 0
-    finished, changed = contents(clips), (clips / "spectrograms_0.npy").stat()
-    os.kill(waiting, signal.SIGCONT)
-    assert second.wait(60) == 0
-    assert contents(clips) == finished and (clips / "spectrograms_0.npy").stat().st_mtime_ns == changed.st_mtime_ns
-    Dump(clips).band_sums()
-
-
 def test_two_runs_at_once_complete_one_dump(clips):
     for _ in range(3):
         for path in [*clips.glob("spectrograms_*"), clips / "dump.json"]:
