@@ -20,8 +20,8 @@ from typing import Annotated
 
 import numpy as np
 
-from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, SAMPLE_RATE, decode, log_mel, resample
-from lib.audio import log_mel_spectrogram  # noqa: F401 - for other programs
+from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
+from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one for other programs
 from lib.common import ROOT, InputError, Range, naming, progress, reason, run
 from lib.common import settings_from_command_line, whole_file, write_table
 from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump, crc_of_file
@@ -143,7 +143,7 @@ def make_chunk(chunk, plan, mp3_paths, failures):
             writer = ChunkWriter(chunk)
             for row in chunk.rows[writer.n_done :]:
                 samples, outcome, why = read_clip(chunk.file.parent, mp3_paths[row])
-                writer.append(None if samples is None else log_mel(samples), outcome, why)
+                writer.append(np.zeros((N_MELS, N_FRAMES)) if samples is None else log_mel(samples), outcome, why)
                 if os.getppid() != multiprocessing.parent_process().pid:
                     return  # the parent process was killed
             writer.finish()

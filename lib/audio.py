@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 
 import numpy as np
 
@@ -61,18 +60,10 @@ def decode(path, seconds=None):
         raise InputError(error.strerror.lower()) from error
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:
-            n_left = sys.maxsize if seconds is None else int(seconds * file.samplerate)
-            blocks = []
-            # In blocks, because a damaged header may promise any number of samples; large ones, because soundfile seeks
-            # between them, after which some mp3 files go on with other last bits. MagnaTagATune's clips fit in one.
-            while n_left > 0:
-                n_wanted = min(n_left, 1 << 19)
-                block = file.read(n_wanted, dtype="float32", always_2d=True)
-                # A sum of channels takes a fifth of the time of NumPy's mean
-                blocks.append(block[:, 0] if file.channels == 1 else sum(block.T) / file.channels)
-                # After a short block, libsndfile would search an mp3's end, and might repeat a damaged one's middle
-                n_left = n_left - n_wanted if len(block) == n_wanted else 0
-            return np.concatenate(blocks), file.samplerate
+            # At once: soundfile seeks between blocks, after which some mp3 files go on with other last bits
+            samples = file.read(-1 if seconds is None else int(seconds * file.samplerate), "float32", always_2d=True)
+            # A sum of channels takes a fifth of the time of NumPy's mean
+            return samples[:, 0] if file.channels == 1 else sum(samples.T) / file.channels, file.samplerate
     except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
         message = getattr(error, "error_string", reason(error)).rstrip(".").lower()
         if "does not exist" in message:  # libsndfile's words for an mp3 without a single frame

@@ -97,14 +97,11 @@ class ChunkWriter:
         self.journal.truncate(len("".join(verified).encode()))
 
     def append(self, spectrogram, outcome="", reason=""):
-        """Write the next clip; a spectrogram of None is all zeros."""
-        clip = bytes(CLIP_BYTES) if spectrogram is None else spectrogram.astype("<f4", copy=False).tobytes()
+        """Write the next clip."""
+        clip = spectrogram.astype("<f4", copy=False).tobytes()
         self.crc = zlib.crc32(clip, self.crc)
-        if spectrogram is None:
-            self.file.truncate(self.file.seek(CLIP_BYTES, os.SEEK_CUR))  # zeros that take no room on the disk
-        else:
-            self.file.write(clip)
-            self.file.flush()
+        self.file.write(clip)
+        self.file.flush()
         self.journal.write(f"{self.crc:08x}\t{outcome}\t{' '.join(reason.split())}\n".encode(errors="replace"))
 
     def finish(self):
