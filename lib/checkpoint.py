@@ -58,11 +58,9 @@ def _check(checkpoint):
             raise InputError(f"its {name} is no {kind.__name__}")
     with torch.device("meta"):
         expected = MultiScaleCNN(len(checkpoint["tag_names"])).state_dict()
-    weights, normalization = checkpoint["weights"], checkpoint["normalization"]
-    if {name: value.shape for name, value in weights.items()} != {name: w.shape for name, w in expected.items()}:
+    found = {name: value.shape for name, value in checkpoint["weights"].items()}
+    if found != {name: value.shape for name, value in expected.items()}:
         raise InputError(f"it holds the weights of another network than this with {len(checkpoint['tag_names'])} tags")
-    if not all(value.isfinite().all() for value in [*weights.values(), *normalization.values()]):
-        raise InputError("it holds values that are not finite")
 
 
 def take_weights(checkpoint, net, tag_names, front_end):
@@ -82,12 +80,12 @@ def take_weights(checkpoint, net, tag_names, front_end):
 
 def resume_state(optimizer, train, rng, device):
     """Return what resuming needs besides the checkpoint: the optimiser, the clips' order, all generators."""
-    numpy_state = rng.get_state(legacy=False)
+    _, numpy_key, *numpy_rest = rng.get_state()
     return {
         "optimizer": optimizer.state_dict(),
         "train_order": torch.from_numpy(train),
-        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-        "numpy_rest": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
+        "numpy_key": torch.from_numpy(numpy_key.astype(np.int64)),
+        "numpy_rest": numpy_rest,
         "torch_rng": torch.get_rng_state(),
         "device_rng": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
     }
@@ -99,8 +97,7 @@ def restore(saved, net, optimizer, train, rng, device):
     net.load_state_dict(saved["weights"])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
     train[:] = state["train_order"].numpy()
-    position, has_gauss, gauss = state["numpy_rest"]
-    rng.set_state(("MT19937", state["numpy_key"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    rng.set_state(("MT19937", state["numpy_key"].numpy().astype(np.uint32), *state["numpy_rest"]))
     torch.set_rng_state(state["torch_rng"])
     if state["device_rng"] is not None and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device_rng"])

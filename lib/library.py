@@ -1,6 +1,5 @@
 """Music to tag: files and folders, one after another, into lines, pictures or a table that is continued."""
 
-import contextlib
 import csv
 import io
 import json
@@ -80,16 +79,47 @@ def print_tags(settings, tagger, folder, files):
 
 
 def tag_library(table, tagger, checkpoint, files):
-    """Tag the files that are not in the table yet, one row for each as it is done; return how many got no tags."""
-    n_errors = 0
-    with continued_table(table, files, tagger.tag_names, checkpoint) as (missing, add):
+    """Tag the files that the table lacks, and add the row of each as it is done; return how many got no tags.
+
+    A row that a kill cut off is made again, and so is that of a file which has changed since.
+    """
+    header = ["path", "seconds", *tagger.tag_names, "bytes", "modified", "checkpoint", "note"]
+    stamps = dict.fromkeys(map(str, files), ["", ""])  # size and time, by which a change is noticed
+    for file in filter(os.path.exists, files):
+        stamps[str(file)] = [str(os.path.getsize(file)), f"{os.path.getmtime(file):.3f}"]
+    n_errors, encoding = 0, {"newline": "", "errors": "surrogateescape"}
+    with lock(table.with_name(f".{table.name}.lock"), f"{table}: another process is at work on it; wait for its end"):
+        rows = rows_to_keep(table, header, stamps, checkpoint) if table.exists() else []
+        with whole_file(table, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
+            csv.writer(file).writerows([header, *rows])
+        done = {row[0] for row in rows}
+        missing = [file for file in files if str(file) not in done]
         print(f"{table}: {len(files) - len(missing):,} of {len(files):,} files are in it already")
-        for path, samples, tags, note in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
-            n_errors += not tags
-            seconds = f"{len(samples) / SAMPLE_RATE:.1f}" if tags else ""
-            add(path, seconds, [tags[name] for name in tagger.tag_names if tags], note)
+        with open(table, "a", encoding="utf-8", **encoding) as file:
+            for path, samples, tags, note in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
+                n_errors += not tags
+                seconds = f"{len(samples) / SAMPLE_RATE:.1f}" if tags else ""
+                probabilities = [f"{tags[name]:.6f}" if tags else "" for name in tagger.tag_names]
+                csv.writer(file).writerow([path, seconds, *probabilities, *stamps[str(path)], checkpoint, note])
+                file.flush()
     print(f"{table}: {len(missing):,} rows added, {n_errors:,} of them without tags (the last column says why)")
     return n_errors
+
+
+def rows_to_keep(table, header, stamps, checkpoint):
+    """Return the table's rows, but for one that was cut off and those of files whose `stamps` are others now.
+
+    Raises InputError if it is another table, or has rows of another checkpoint.
+    """
+    text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
+    text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
+    found, *rows = csv.reader(io.StringIO(text, newline=""))
+    if found != header:
+        raise InputError(f"{table}: not a table of these tags; move it away, or give --csv another name")
+    rows = [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
+    if any(row[-2] != checkpoint for row in rows):
+        raise InputError(f"{table}: has rows of another checkpoint; move it away, or give --csv another name")
+    return rows
 
 
 def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
@@ -115,39 +145,3 @@ def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
     title = path.name.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
     figures.taggram(picture, spectrogram, tagger.tag_names, times, probabilities, title, n_tags, tagger.synthetic)
     print(f"  {picture}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def continued_table(path, files, tag_names, checkpoint):
-    """Open the table of a library; yield (files that it lacks, a function that adds the row of a file).
-
-    Each row is in the table once it is added. A row that a kill cut off is dropped, and so is that of a file which has
-    changed since. Raises InputError if `path` is another table, or has rows of another checkpoint than the one whose
-    file has the CRC-32 `checkpoint`, or if another process is at work on it.
-    """
-    header = ["path", "seconds", *tag_names, "bytes", "modified", "checkpoint", "note"]
-    first_line = io.StringIO(newline="")
-    csv.writer(first_line).writerow(header)
-    encoding = {"newline": "", "errors": "surrogateescape"}
-    stamps = dict.fromkeys(map(str, files), ["", ""])  # size and time, by which a change is noticed
-    for file in filter(os.path.exists, files):
-        stamps[str(file)] = [str(os.path.getsize(file)), f"{os.path.getmtime(file):.3f}"]
-    with lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is at work on it; wait for its end"):
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else first_line.getvalue()
-        if not text.startswith(first_line.getvalue()):
-            raise InputError(f"{path}: not a table of these tags; move it away, or give --csv another name")
-        rows = list(csv.reader(io.StringIO(text[: text.rfind("\r\n") + 2], newline="")))[1:]
-        rows = [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
-        if any(row[-2] != checkpoint for row in rows):
-            raise InputError(f"{path}: has rows of another checkpoint; move it away, or give --csv another name")
-        with whole_file(path, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
-            csv.writer(file).writerows([header, *rows])
-        with open(path, "a", encoding="utf-8", **encoding) as file:
-
-            def add(path, seconds, probabilities, note=""):
-                values = [f"{value:.6f}" for value in probabilities] or [""] * len(tag_names)
-                csv.writer(file).writerow([path, seconds, *values, *stamps[str(path)], checkpoint, note])
-                file.flush()
-
-            done = {row[0] for row in rows}
-            yield [file for file in files if str(file) not in done], add

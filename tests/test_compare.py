@@ -1,6 +1,7 @@
 """The baseline and the paired comparison against scikit-learn; predictions as tables."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from evaluate import worth_a_listen
+from lib.audio import load
 from lib.baseline import BASELINE_C, band_features, baseline_predictions
 from lib.common import InputError
-from lib.library import continued_table
+from lib.library import tag_library
 from lib.scores import SCORES, resample_weights, scores_of
 
 
@@ -66,41 +68,40 @@ def test_the_clips_that_are_worth_a_listen():
 
 
 def fill(table, files, tags=("slow",), checkpoint="0a1b2c3d"):
-    """Complete the table of a library; return the files that it lacked."""
-    with continued_table(table, files, list(tags), checkpoint) as (missing, add):
-        for file in missing:
-            add(file, 29.1, [0.25])
-    return missing
+    """Complete the table of a library of files that are no music; return how many it lacked."""
+    return tag_library(table, SimpleNamespace(tag_names=list(tags), samples=load), checkpoint, files)
 
 
 def test_a_librarys_table_goes_on_wherever_it_was_cut_off(tmp_path):
     files = [tmp_path / f"song {number}, \n\udce9.mp3" for number in range(4)]
     for file in files:
-        file.write_bytes(b"music")
+        file.write_bytes(b"no music")
     table = tmp_path / "tags.csv"
-    assert fill(table, files) == files and fill(table, files) == []
+    assert fill(table, files) == 4 and fill(table, files) == 0
     whole = table.read_bytes()
     header = whole.index(b"\r\n") + 2
     for length in np.linspace(header, len(whole) - 1, 10).astype(int):
         table.write_bytes(whole[:length])
-        assert fill(table, files) == files[whole[:length].count(b"\r\n") - 1 :]
+        assert fill(table, files) == 5 - whole[:length].count(b"\r\n")
         assert table.read_bytes() == whole
 
 
 def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_path):
     files = [tmp_path / "one.mp3", tmp_path / "two.mp3", tmp_path / "missing.mp3"]
     for file in files[:2]:
-        file.write_bytes(b"music")
+        file.write_bytes(b"no music")
     table = tmp_path / "tags.csv"
-    fill(table, files)
-    files[0].write_bytes(b"other music")
+    assert fill(table, files) == 3
+    files[0].write_bytes(b"other bytes")
     os.utime(files[1], (1, 1))
-    assert fill(table, files) == files[:2]
+    assert fill(table, files) == 2
     before = table.read_bytes()
     with pytest.raises(InputError, match="not a table of these tags"):
         fill(table, files, tags=["slow", "fast"])
     with pytest.raises(InputError, match="rows of another checkpoint"):
         fill(table, files, checkpoint="4e5f6071")
     assert table.read_bytes() == before
-    with pytest.raises(InputError, match="not a table of these tags"):
-        fill(files[0], files)
+    for content in (b"", b"no table", b"no table\r\n"):
+        files[0].write_bytes(content)
+        with pytest.raises(InputError, match="not a table of these tags"):
+            fill(files[0], files)

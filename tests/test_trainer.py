@@ -359,14 +359,12 @@ def test_steps_as_a_graph_and_one_by_one_give_the_same_losses(small, tmp_path, c
 
 
 def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path):
-    for trial in range(2):
-        both = [train(small, tmp_path / str(trial), "--epochs", 1, "--seed", seed) for seed in (1, 2)]
-        printed = [process.communicate(timeout=120) for process in both]
-        assert sorted(process.returncode for process in both) == [0, 1]
-        loser, winner = sorted(range(2), key=lambda index: both[index].returncode, reverse=True)
-        assert "another trainer.py is at work in it" in printed[loser][1] and printed[loser][1].count("\n") == 1
-        best = load_checkpoint(tmp_path / str(trial) / "paper/best.pt")
-        assert best["hyperparameters"]["seed"] == winner + 1
+    both = [train(small, tmp_path, "--epochs", 1, "--seed", seed) for seed in (1, 2)]
+    printed = [process.communicate(timeout=120) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    loser, winner = sorted(range(2), key=lambda index: both[index].returncode, reverse=True)
+    assert "another trainer.py is at work in it" in printed[loser][1] and printed[loser][1].count("\n") == 1
+    assert load_checkpoint(tmp_path / "paper/best.pt")["hyperparameters"]["seed"] == winner + 1
 
 
 def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_script):
