@@ -127,9 +127,7 @@ def _read_table(path):
             reader = csv.reader(file, delimiter="\t", strict=True)
             lines = [(reader.line_num, fields) for fields in reader if fields]
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: not there; get_data.py fetches MagnaTagATune's, --data names another folder"
-        ) from None
+        raise InputError(f"{path}: not there; get_data.py fetches it, --data names another folder") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
     if len(lines) < 2:

@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 import gen_spectrograms
 import trainer
-from lib.audio import FRONT_END, N_FRAMES, N_MELS
+from conftest import write_dump
+from lib.audio import N_FRAMES, N_MELS
 from lib.common import InputError, Range, run, settings_from_command_line
 from lib.demo import render
-from lib.dump import Dump, crc_of_file, read_manifest, write_manifest
+from lib.dump import Dump, crc_of_file, read_manifest
 from lib.feeder import Feeder, predict
 from lib.parallel import autocast
 from lib.report import Losses
@@ -129,24 +130,9 @@ def make_inputs(scratch, n_clips):
 
 def make_dump(data, n_clips):
     """Make a dump of random spectrograms in folder `data`, unless there is a dump."""
-    if read_manifest(data):
-        return
     data.mkdir(parents=True, exist_ok=True)
-    if any(data.iterdir()):
-        raise InputError(f"{data}: holds something, and no dump; name an empty folder")
-    rng = np.random.default_rng(0)
-    np.save(data / "ids.npy", np.arange(n_clips))
-    np.save(data / "tags.npy", (rng.random((n_clips, N_TAGS)) < 0.07).astype(np.uint8))
-    np.save(data / "tag_names.npy", [f"tag {tag}" for tag in range(N_TAGS)])
-    np.save(data / "mp3_paths.npy", [f"{clip}.mp3" for clip in range(n_clips)])
-    noise = rng.normal(np.linspace(-2, -12, N_MELS)[:, None], 2, (N_MELS, N_FRAMES)).astype(np.float32)
-    for index, clips in enumerate(np.array_split(range(n_clips), 8)):
-        shape = (len(clips), *noise.shape)
-        for clip in np.lib.format.open_memmap(data / f"spectrograms_{index}.npy", "w+", np.float32, shape):
-            clip[:] = np.roll(noise, rng.integers(N_FRAMES), axis=1)
-    manifest = {"n_clips": n_clips, "n_chunks": 8, "front_end": FRONT_END, "complete": True, "synthetic": True}
-    manifest["outcomes"] = {"zero": 0, "padded": 0}
-    write_manifest(data, manifest | {"crc32": {file.name: crc_of_file(file) for file in data.glob("*.npy")}})
+    if not read_manifest(data):
+        write_dump(data, n_clips)
 
 
 def spectrograms_rate(make, scratch):
