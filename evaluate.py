@@ -131,7 +131,7 @@ def score_part(settings, checkpoint, labels, probabilities, baseline, groups, ro
     result = {
         "clips": len(rows),
         **ours.macro(),
-        "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
+        "clip_roc_auc": scores.macro(scores.roc_auc(labels.T, probabilities.T)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
         "baseline": None,
@@ -220,9 +220,6 @@ def print_tags(rows):
     for row in ranked:
         share = f"{row['positives']:,} ({row['prevalence']:.1%})"
         print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
-    scored = [row["tag"] for row in ranked if not np.isnan(row["roc_auc"])]
-    if len(scored) >= 10:
-        print(f"best five: {', '.join(scored[:5])}; worst five: {', '.join(scored[-5:])}")
 
 
 def bracketed(row, score):

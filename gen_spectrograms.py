@@ -22,10 +22,10 @@ import numpy as np
 
 from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
 from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one for other programs
-from lib.common import ROOT, InputError, Range, naming, progress, reason, run
+from lib.common import ROOT, InputError, Range, lock, naming, progress, reason, run
 from lib.common import settings_from_command_line, whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, Chunk, ChunkWriter, Dump, crc_of_file
-from lib.dump import divide, dump_lock, read_manifest, write_manifest
+from lib.dump import CLIP_BYTES, MANIFEST, ChunkWriter, Dump, crc_of_file
+from lib.dump import divide, read_manifest, write_manifest
 from tags import read_annotations
 
 
@@ -49,11 +49,11 @@ def main():
     chosen = settings.chunks or range(settings.n_chunks)
     if max(chosen) >= settings.n_chunks:
         raise InputError(f"--chunks {max(chosen)}: there are {settings.n_chunks}, numbered from 0")
-    with dump_lock(settings.data):
+    with lock(settings.data / MANIFEST):
         manifest = begin_or_continue(settings.data, plan, settings.overwrite)
     if not manifest["complete"]:
         make_chunks([chunks[index] for index in chosen if not chunks[index].is_complete()], plan, annotations.mp3_paths)
-    with dump_lock(settings.data):
+    with lock(settings.data / MANIFEST):
         manifest = finish(settings.data, plan, annotations, chunks)
         print_summary(settings.data, manifest, chunks)
 
@@ -71,7 +71,7 @@ def plan_dump(annotations_file, annotations, n_chunks):
 def begin_or_continue(data, plan, overwrite):
     """Return the manifest: a new dump's, or that of a dump which can be completed or used.
 
-    The caller holds the dump's lock. Raises InputError if the dump was made with other settings, or is damaged.
+    The caller holds the lock on it. Raises InputError if the dump was made with other settings, or is damaged.
     """
     if overwrite:
         delete_dump(data)
@@ -89,7 +89,7 @@ def delete_dump(data):
     """Delete a dump once no process is at work on any part of it."""
     with contextlib.ExitStack() as held:
         for index in {re.split("[_.]", path.name)[1] for path in data.glob("spectrograms_*")}:
-            held.enter_context(Chunk(data, index, range(0)).lock())
+            held.enter_context(lock(data / f"spectrograms_{index}.npy"))
         for path in [data / MANIFEST, *data.glob("spectrograms_*")]:
             path.unlink(missing_ok=True)
 
@@ -137,12 +137,12 @@ def make_chunk(chunk, plan, mp3_paths, failures):
     keep_freed_memory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the mp3 decoder comments on every damaged frame
     try:
-        with naming(chunk.file), chunk.lock():
+        with naming(chunk.file), lock(chunk.file):
             if manifest_of(chunk.file.parent, plan)["complete"] or chunk.is_complete():
                 return  # another process has completed it while this one waited
             writer = ChunkWriter(chunk)
             for row in chunk.rows[writer.n_done :]:
-                samples, outcome, why = read_clip(chunk.file.parent, mp3_paths[row])
+                samples, outcome, why = read_clip(chunk.file.parent / mp3_paths[row])
                 writer.append(np.zeros((N_MELS, N_FRAMES)) if samples is None else log_mel(samples), outcome, why)
                 if os.getppid() != multiprocessing.parent_process().pid:
                     return  # the parent process was killed
@@ -152,12 +152,10 @@ def make_chunk(chunk, plan, mp3_paths, failures):
         failures.put(error)
 
 
-def read_clip(data, mp3_path):
+def read_clip(path):
     """Return (samples, outcome, reason) of one clip, whatever its file is; None for samples if it can't be used."""
-    if os.path.isabs(mp3_path) or Path(os.path.normpath(mp3_path)).parts[:1] == ("..",):
-        return None, "zero", "path outside the data folder"
     try:
-        samples = resample(*decode(data / mp3_path, CLIP_SECONDS_READ))
+        samples = resample(*decode(path, CLIP_SECONDS_READ))
     except Exception as error:  # whatever one file does is that clip's outcome, and never costs the others
         return None, "zero", reason(error)
     if len(samples) < CLIP_SAMPLES:
@@ -166,7 +164,7 @@ def read_clip(data, mp3_path):
 
 
 def finish(data, plan, annotations, chunks):
-    """Complete the dump if every chunk is there, and return its manifest. The caller holds the dump's lock."""
+    """Complete the dump if every chunk is there, and return its manifest. The caller holds the lock on that."""
     manifest = manifest_of(data, plan)
     if manifest["complete"] or not all(chunk.is_complete() for chunk in chunks):
         return manifest

@@ -71,13 +71,6 @@ def decode(path, seconds=None):
         raise InputError(f"can't be decoded ({message})") from error
 
 
-def promised_seconds(path):
-    """Return how long an audio file is by its header: longer than what can be decoded, if the file was cut off."""
-    import soundfile
-
-    return soundfile.info(os.fsencode(path)).duration
-
-
 def resample(samples, sample_rate):
     """Return mono `samples` at 11,025 Hz, as librosa.resample(res_type="soxr_hq") gives them.
 

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK_SECONDS = 3  # a killed run's last worker may take a while to notice
 progress = functools.partial(tqdm, disable=None)  # shows nothing where the output is no terminal: logs stay readable
 
 
@@ -119,13 +120,14 @@ def write_table(path, rows, **options):
 
 
 @contextlib.contextmanager
-def lock(path, busy, patience=0):
-    """Hold the lock file `path` for this process; it is left behind, because deleting a lock file breaks the lock.
+def lock(path):
+    """Let one process at a time work on the file `path`, which need not exist.
 
-    It dies with the process. Raises InputError(busy) if another process still holds it after `patience` seconds.
+    The lock dies with its process. Its file, `.<name>.lock` beside `path`, stays: deleting it would break the lock.
+    Raises InputError if another process still holds it after LOCK_SECONDS.
     """
     try:
-        with FileLock(path, timeout=patience):
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
             yield
     except Timeout:
-        raise InputError(busy) from None
+        raise InputError(f"{path}: another process is at work on it; wait for its end, or write elsewhere") from None

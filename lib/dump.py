@@ -16,11 +16,10 @@ from contextlib import suppress
 import numpy as np
 
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import InputError, lock, progress, whole_file
+from lib.common import InputError, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
-LOCK_SECONDS = 5  # a killed run's last worker may take a while to notice
 ANEW = "gen_spectrograms.py --overwrite makes the dump anew"
 
 
@@ -40,11 +39,6 @@ class Chunk:
         layout = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), N_MELS, N_FRAMES)}
         np.lib.format.write_array_header_1_0(header, layout)
         self.header = header.getvalue()
-
-    def lock(self):
-        """Return a context in which no other process writes or deletes the chunk."""
-        busy = f"{self.file}: another process is making it; once that one has ended, the same command goes on"
-        return lock(self.file.with_name(f".{self.file.stem}.lock"), busy, LOCK_SECONDS)
 
     def entries(self):
         """Return the journal's complete lines as (crc, outcome, reason); a kill may have cut off the last."""
@@ -75,7 +69,7 @@ def divide(data, n_clips, n_chunks):
 class ChunkWriter:
     """A chunk's unfinished file and its journal, opened after the last clip on which they agree.
 
-    `n_done` clips are there already. The caller holds the chunk's lock.
+    `n_done` clips are there already. The caller holds the lock on the chunk's file.
     """
 
     def __init__(self, chunk):
@@ -110,12 +104,6 @@ class ChunkWriter:
             os.fsync(file.fileno())
             file.close()
         os.replace(self.chunk.partial, self.chunk.file)
-
-
-def dump_lock(data):
-    """Return a context in which no other process begins, deletes or completes the dump in folder `data`."""
-    busy = f"{data / MANIFEST}: another process is at work on the dump; once it has ended, the same command goes on"
-    return lock(data / ".dump.lock", busy, LOCK_SECONDS)
 
 
 def read_manifest(data):

@@ -23,8 +23,7 @@ def claimed_folder(settings):
     """Hold the experiment's folder for this run alone; yield (folder, the checkpoint to resume from or None)."""
     folder = settings.experiments / settings.name
     folder.mkdir(parents=True, exist_ok=True)
-    busy = f"{folder}: another trainer.py is at work in it; wait for its end, or choose another --name"
-    with lock(folder / ".lock", busy) if is_main_process() else contextlib.nullcontext():
+    with lock(folder / "last.pt") if is_main_process() else contextlib.nullcontext():
         barrier()  # the other processes look into the folder once it is held
         yield folder, saved_experiment(folder, settings)
 

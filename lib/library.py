@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, log_mel, promised_seconds
+from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, log_mel
 from lib.common import InputError, lock, progress, reason, whole_file
 from lib.dump import crc_of_file
 from lib.feeder import load_ahead
@@ -29,24 +29,23 @@ def tag_files(settings, checkpoint_path):
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
     if tagger.synthetic and not settings.json:
         print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little")
-    files, problems = audio_files(settings.tag)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    files = audio_files(settings.tag)
     if settings.csv:
         n_errors = tag_library(settings.csv, tagger, crc_of_file(checkpoint_path), files)
     else:
         n_errors = print_tags(settings, tagger, checkpoint_path.parent, files)
-    return 1 if n_errors + len(problems) else 0
+    return 1 if n_errors else 0
 
 
 def tagged(tagger, files):
     """Yield (path, samples, {tag: probability}, note) for each file; without tags, the note says why."""
+    import soundfile
 
     def tag(path):
         try:
             samples = tagger.samples(path)
             tags = tagger.tags(tagger.spectrograms(windows(samples)))
-            promised, read = promised_seconds(path), len(samples) / SAMPLE_RATE
+            promised, read = soundfile.info(os.fsencode(path)).duration, len(samples) / SAMPLE_RATE
             cut_off = f"only the first {read:.1f} s of {promised:.1f} s could be read"
             return path, samples, tags, cut_off if read <= promised - INEXACT_SECONDS else ""
         except Exception as error:  # whatever one file does never costs the others
@@ -88,7 +87,7 @@ def tag_library(table, tagger, checkpoint, files):
     for file in filter(os.path.exists, files):
         stamps[str(file)] = [str(os.path.getsize(file)), f"{os.path.getmtime(file):.3f}"]
     n_errors, encoding = 0, {"newline": "", "errors": "surrogateescape"}
-    with lock(table.with_name(f".{table.name}.lock"), f"{table}: another process is at work on it; wait for its end"):
+    with lock(table):
         rows = rows_to_keep(table, header, stamps, checkpoint) if table.exists() else []
         with whole_file(table, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
             csv.writer(file).writerows([header, *rows])

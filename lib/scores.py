@@ -27,22 +27,8 @@ def of_each_tag(score, labels, probabilities):
 
 
 def roc_auc(labels, probabilities):
-    """Return each tag's ROC-AUC: (tags,), from (clips, tags) of 0/1 and of probabilities."""
+    """Return each tag's ROC-AUC: (tags,), from (clips, tags) of 0/1 and of probabilities; transposed, each clip's."""
     return of_each_tag("roc_auc", labels, probabilities)
-
-
-def clip_roc_auc(labels, probabilities):
-    """Return each clip's ROC-AUC over its tags: (clips,); scikit-learn's function would take 2 ms a clip.
-
-    That is the share of right order among the pairs of a tag that the clip has and one that it lacks; a tie counts
-    half.
-    """
-
-    def of_one_clip(label, scores):
-        differences = scores[label == 1][:, None] - scores[label == 0]
-        return (np.mean(differences > 0) + np.mean(differences >= 0)) / 2 if differences.size else np.nan
-
-    return np.array([of_one_clip(*clip) for clip in zip(labels, probabilities)])
 
 
 def precision_at(k, labels, probabilities):

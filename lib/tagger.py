@@ -8,7 +8,7 @@ import torch
 
 from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, load, log_mel, resample
 from lib.checkpoint import load_checkpoint
-from lib.common import InputError, reason
+from lib.common import InputError
 from lib.feeder import to_probabilities
 from lib.parallel import autocast, choose_device, prepare_device
 from model import MultiScaleCNN
@@ -90,23 +90,18 @@ def windows(samples):
 
 
 def audio_files(paths):
-    """Return (files, problems): `paths`, with the audio files in them for the folders, and a line for each bad folder.
+    """Return `paths`, with the audio files in them for the folders: those named like a format that libsndfile decodes.
 
-    Audio files are those whose names are of a format that libsndfile decodes.
+    A folder that can't be listed, or holds none, stays: it becomes an error like that of a file.
     """
     import soundfile
 
     extensions = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".opus", ".oga"}
-    files, problems = [], []
+    files = []
     for path in paths:
-        if not os.path.isdir(path):
-            files.append(path)
-            continue
-        errors = []
-        inside = [Path(folder, name) for folder, _, names in os.walk(path, onerror=errors.append) for name in names]
+        unlisted = []  # folders, or `path` itself if it is a file
+        walk = os.walk(path, onerror=lambda error: unlisted.append(Path(error.filename)))
+        inside = [Path(folder, name) for folder, _, names in walk for name in names]
         audio = sorted(file for file in inside if file.suffix.lower() in extensions)
-        if not audio and not errors:
-            errors.append(InputError(f"{path}: holds no audio file"))
-        files += audio
-        problems += map(reason, errors)
-    return files, problems
+        files += [*audio, *unlisted] or [path]
+    return files

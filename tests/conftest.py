@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 from gen_spectrograms import begin_or_continue, finish, plan_dump
 from lib.audio import N_FRAMES, N_MELS
+from lib.common import lock
 from lib.common import run as run_main
-from lib.dump import ChunkWriter, divide, dump_lock
+from lib.dump import ChunkWriter, MANIFEST, divide
 from tags import read_annotations
 
 SHARED = ROOT.parent / "shared"
@@ -83,7 +84,7 @@ def write_dump(data, n_clips, seed=0):
     annotations = read_annotations(data / "tags.csv")
     plan = plan_dump(data / "tags.csv", annotations, n_chunks=3)
     chunks = divide(data, n_clips, 3)
-    with dump_lock(data):
+    with lock(data / MANIFEST):
         begin_or_continue(data, plan, overwrite=False)
         for chunk in chunks:
             writer = ChunkWriter(chunk)

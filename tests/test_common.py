@@ -34,7 +34,7 @@ def test_a_value_that_makes_no_sense_is_one_line(script, option, call_script, tm
         assert "Traceback" not in done.stderr
         if done.returncode == 1:  # 2 is for a value of the wrong type, which tyro names in several lines
             assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -77,8 +77,8 @@ def test_a_log_file_gets_no_progress_bar(capsys):
 
 
 def test_a_lock_is_for_one_process(tmp_path):
-    code = f"from lib.common import lock\nwith lock({str(tmp_path / 'lock')!r}, 'busy'): print('held')"
+    code = f"from lib.common import Path, lock\nwith lock(Path({str(tmp_path / 'table.csv')!r})): print('held')"
     command = [sys.executable, "-c", code]
-    with common.lock(tmp_path / "lock", "busy"):
-        assert "InputError: busy" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    with common.lock(tmp_path / "table.csv"):
+        assert "table.csv: another process" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "held\n"

@@ -363,7 +363,7 @@ def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path):
     printed = [process.communicate(timeout=120) for process in both]
     assert sorted(process.returncode for process in both) == [0, 1]
     loser, winner = sorted(range(2), key=lambda index: both[index].returncode, reverse=True)
-    assert "another trainer.py is at work in it" in printed[loser][1] and printed[loser][1].count("\n") == 1
+    assert "last.pt: another process is at work on it" in printed[loser][1] and printed[loser][1].count("\n") == 1
     assert load_checkpoint(tmp_path / "paper/best.pt")["hyperparameters"]["seed"] == winner + 1
 
 
