@@ -122,10 +122,7 @@ def predict_rows(checkpoint, dump, rows, device, settings):
 
 
 def score_part(settings, checkpoint, labels, probabilities, baseline, groups, rows):
-    """Return the scores of one part of the split, as results.json holds them.
-
-    `labels`, `baseline` and `groups` are those of the whole dump, `probabilities` of the part's `rows`.
-    """
+    """Return the scores of the dump's `rows`, whose `probabilities` are given, as results.json holds them."""
     tag_names, labels, groups = checkpoint["tag_names"], labels[rows], groups[rows]
     ours = scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed)
     result = {
@@ -184,10 +181,7 @@ def write_results(folder, results, tag_names, labels, probabilities, rows_of, du
 
 
 def worth_a_listen(clips, tag_names, labels, probabilities):
-    """Yield the rows of the clips on which annotators and network disagree most about each tag, in both directions.
-
-    MagnaTagATune's labels come from a game and miss much. `labels` and `probabilities` are (clips, tags).
-    """
+    """Yield a table of the clips on which annotators and network disagree most about each tag, in both directions."""
     yield "tag", "annotators", "network", "clip_id", "mp3_path"
     for name, label, values in zip(tag_names, labels.T, probabilities.T):
         for annotated in (0, 1):
@@ -215,9 +209,8 @@ def print_results(results, checkpoint):
 
 def print_tags(rows):
     """Print the test scores of every tag, the best first."""
-    ranked = sorted(rows, key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1))
     print(f"{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
-    for row in ranked:
+    for row in sorted(rows, key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
         share = f"{row['positives']:,} ({row['prevalence']:.1%})"
         print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
 
@@ -254,10 +247,9 @@ def print_part(part, result):
 
 
 def compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, intervals, device):
-    """Print, write and draw how the checkpoint differs from that of --against, on clips that both held out.
+    """Print, write and draw how the checkpoint differs from that of --against, on the test clips of both.
 
-    Raises InputError if one was trained on, or chosen by, clips that the other is tested on, or if they have no test
-    clips in common, or other tags.
+    Raises InputError if one was trained on, or chosen by, test clips of the other, or if no clip is of both, or a tag.
     """
     other = load_checkpoint(settings.experiments / settings.against / "best.pt")
     others_rows_of = clips_of(other, dump, settings.other_data)[1]

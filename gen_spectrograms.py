@@ -24,8 +24,7 @@ from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_ME
 from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one for other programs
 from lib.common import ROOT, InputError, Range, lock, naming, progress, reason, run
 from lib.common import settings_from_command_line, whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, ChunkWriter, Dump, crc_of_file
-from lib.dump import divide, read_manifest, write_manifest
+from lib.dump import CLIP_BYTES, MANIFEST, ChunkWriter, Dump, crc_of_file, divide, read_manifest, write_manifest
 from tags import read_annotations
 
 

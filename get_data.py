@@ -165,8 +165,7 @@ def receive(url, file, timeout):
 def unpack(data):
     """Unpack the clips into `data`, keeping those that are there and whole.
 
-    Raises InputError if the archive is damaged or a clip would land outside `data`; right MD5 sums leave that possible
-    for a mirror's only.
+    Raises InputError if the archive, a mirror's, is damaged, or a clip would land outside `data`.
     """
     n_clips = 0
     for name, clip in files_in_archive(data):

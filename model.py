@@ -157,12 +157,8 @@ def initialize(net, rng):
 
 def _glorot_normal(rng, shape):
     """Return float64 draws for a convolution (out, in, height, width) or a fully connected layer (in, out)."""
-    if len(shape) == 4:
-        area = shape[2] * shape[3]
-        fan_in, fan_out = shape[1] * area, shape[0] * area
-    else:
-        fan_in, fan_out = shape
-    return rng.normal(0, np.sqrt(2 / (fan_in + fan_out)), shape)
+    fan_in_and_out = (shape[0] + shape[1]) * np.prod(shape[2:])
+    return rng.normal(0, np.sqrt(2 / fan_in_and_out), shape)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,7 @@ def _read_table(path):
 def merge_synonyms(labels, tag_names):
     """Return (labels, tag_names) with each group of SYNONYMS joined into one tag by OR.
 
-    A merged tag stands where the first of its group stood. Groups that the names lack, wholly or in part, are
-    no error: the rest of the group is merged, and takes its first name all the same.
+    A merged tag stands where the first of its group stood, and has the group's first name even if the table lacks it.
     """
     group_name = {name: group[0] for group in SYNONYMS for name in group}
     merged_names = list(dict.fromkeys(group_name.get(name, name) for name in tag_names))

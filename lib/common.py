@@ -33,8 +33,8 @@ class Range:
 def settings_from_command_line(settings_class, description):
     """Return `settings_class` (a dataclass) filled from the command line: every field is an option.
 
-    The comment beside a field is its help. An unknown name or a value of the wrong type ends the program with exit
-    status 2. Raises InputError for a number outside its Range.
+    The comment beside a field is its help. A wrong name or type ends the program with status 2. Raises InputError for
+    a number outside its Range.
     """
     import tyro  # here, so that a library user of the scripts' functions needs no command line
 
@@ -123,8 +123,7 @@ def write_table(path, rows, **options):
 def lock(path):
     """Let one process at a time work on the file `path`, which need not exist.
 
-    The lock dies with its process. Its file, `.<name>.lock` beside `path`, stays: deleting it would break the lock.
-    Raises InputError if another process still holds it after LOCK_SECONDS.
+    The lock dies with its process; its file, `.<name>.lock`, stays. Raises InputError if another process has it.
     """
     try:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):

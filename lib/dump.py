@@ -20,7 +20,6 @@ from lib.common import InputError, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
-ANEW = "gen_spectrograms.py --overwrite makes the dump anew"
 
 
 class Chunk:
@@ -167,7 +166,7 @@ class Dump:
 
     def _require(self, file, crc):
         if crc != self.manifest["crc32"][file.name]:
-            raise InputError(f"{file}: missing, damaged or from another dump; {ANEW}")
+            raise InputError(f"{file}: missing, damaged or of another dump; gen_spectrograms.py --overwrite renews it")
 
     def band_sums(self):
         """Return each clip's sum and sum of squares over frames, (2, clips, 128) float64, checking every byte.

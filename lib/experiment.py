@@ -53,12 +53,9 @@ def saved_experiment(folder, settings):
 
 def require_same_hyperparameters(saved, settings, path):
     """Raise InputError if `settings` are of another experiment than `saved`; only more epochs are the same one."""
-    then, now = saved["hyperparameters"], hyperparameters(settings)
-    differing = [
-        f"{name} ({then.get(name)} there, {value} now)"
-        for name, value in now.items()
-        if name not in MAY_DIFFER and then.get(name, getattr(type(settings), name)) != value
-    ]
+    then, now = hyperparameters(type(settings)()) | saved["hyperparameters"], hyperparameters(settings)
+    names = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
+    differing = [f"{name} ({then[name]} there, {now[name]} now)" for name in names]
     if differing:
         raise InputError(f"{path}: begun with other hyperparameters: {', '.join(differing)}; resume with the same")
 

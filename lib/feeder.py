@@ -22,8 +22,9 @@ class Feeder:
         self.dump, self.normalization = dump, normalization
         self.device, self.dtype, self.n_ahead = device, dtype, n_ahead
         self.labels = torch.from_numpy(labels).to(device, torch.promote_types(dtype, torch.float32))
-        fits = resident == "yes" or (resident == "auto" and self._fits_on_gpu())
-        self.resident = self._move_to_device() if fits else None
+        needed = len(dump) * N_MELS * N_FRAMES * dtype.itemsize  # bytes
+        fits = device.type == "cuda" and needed < 0.7 * torch.cuda.mem_get_info(device)[0]  # beside the network
+        self.resident = self._move_to_device() if resident == "yes" or (resident == "auto" and fits) else None
 
     def batches(self, parts):
         """Yield ((rows, 1, 128, 628) spectrograms, (rows, tags) labels) for each array of rows in `parts`."""
@@ -40,12 +41,6 @@ class Feeder:
         batch = torch.empty((len(rows), 1, N_MELS, N_FRAMES), pin_memory=self.device.type == "cuda")
         self.dump.gather(rows, self.normalization, batch[:, 0].numpy())
         return batch
-
-    def _fits_on_gpu(self):
-        if self.device.type != "cuda":
-            return False
-        needed = len(self.dump) * N_MELS * N_FRAMES * self.dtype.itemsize
-        return needed < 0.7 * torch.cuda.mem_get_info(self.device)[0]  # the rest is for the network
 
     def _move_to_device(self):
         resident = torch.empty((len(self.dump), 1, N_MELS, N_FRAMES), device=self.device, dtype=self.dtype)

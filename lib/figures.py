@@ -101,10 +101,7 @@ def per_tag_roc_auc(path, rows, synthetic=False):
 
 
 def tag_differences(path, rows, title, synthetic=False):
-    """Draw by how much the ROC-AUC of each tag differs between two networks, with its interval, the largest first.
-
-    `rows` are like those of `per_tag_roc_auc`, of differences.
-    """
+    """Draw differences of ROC-AUC between two networks, in `rows` like those of `per_tag_roc_auc`, largest first."""
     rows = sorted((row for row in rows if np.isfinite(row["roc_auc"])), key=lambda row: -row["roc_auc"])
     with _picture(path, title, 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
         axes = figure.subplots()
@@ -119,10 +116,7 @@ def tag_differences(path, rows, title, synthetic=False):
 
 
 def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
-    """Draw how tags go together in the annotations and in the predictions, both (clips, tags), similar ones adjacent.
-
-    The values are Pearson correlations over the clips, 0 for a tag that is the same in all of them.
-    """
+    """Draw how tags go together in annotations and predictions, (clips, tags) each, with similar tags adjacent."""
     panels = {"annotations": _correlations(labels), "predictions": _correlations(probabilities)}
     distances = 1 - panels["annotations"][np.triu_indices(len(tag_names), 1)]
     order = leaves_list(linkage(distances, "average", optimal_ordering=True)) if len(distances) else [0]
@@ -142,7 +136,7 @@ def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
 
 
 def _correlations(columns):
-    """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 1 on the diagonal, never NaN."""
+    """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 0 for a tag that never varies."""
     with np.errstate(invalid="ignore", divide="ignore"):
         correlations = np.atleast_2d(np.corrcoef(columns, rowvar=False))
     constant = np.ptp(columns, axis=0) == 0  # for which corrcoef gives NaN, or what rounding errors make

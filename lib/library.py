@@ -108,17 +108,14 @@ def tag_library(table, tagger, checkpoint, files):
 def rows_to_keep(table, header, stamps, checkpoint):
     """Return the table's rows, but for one that was cut off and those of files whose `stamps` are others now.
 
-    Raises InputError if it is another table, or has rows of another checkpoint.
+    Raises InputError if it is anything else, or has rows of another checkpoint.
     """
     text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
     text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
     found, *rows = csv.reader(io.StringIO(text, newline=""))
-    if found != header:
-        raise InputError(f"{table}: not a table of these tags; move it away, or give --csv another name")
-    rows = [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
-    if any(row[-2] != checkpoint for row in rows):
-        raise InputError(f"{table}: has rows of another checkpoint; move it away, or give --csv another name")
-    return rows
+    if found != header or any(row[-2] != checkpoint for row in rows):
+        raise InputError(f"{table}: no table of this checkpoint's; move it away, or give --csv another name")
+    return [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
 
 
 def draw_taggram(tagger, samples, n_tags, path, folder, pictures):

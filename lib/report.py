@@ -34,8 +34,8 @@ class Losses:
     def __init__(self, epoch, n_steps, device):
         self.epoch, self.values, self.unread = epoch, [], []
         self.steps_per_reading = 1 if device.type == "cpu" else STEPS_PER_READING
-        others = None if is_main_process() else True
-        self.bar = progress(desc=f"epoch {epoch}", total=n_steps, unit="step", leave=False, disable=others)
+        silent = None if is_main_process() else True  # None: unless the output is a terminal
+        self.bar = progress(desc=f"epoch {epoch}", total=n_steps, unit="step", leave=False, disable=silent)
 
     def append(self, loss):
         """Add this process's part of a step's loss, 0-d. Raises InputError at one that turns out not to be finite."""

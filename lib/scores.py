@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-# scikit-learn is imported where it is used: it takes a second, for which --help should not wait.
-
 SCORES = ("roc_auc", "average_precision")
 PAPER = {"validation": 0.904, "test": 0.900}  # macro ROC-AUC that the paper reports
 PAPER_SIZES = {"train": 18000, "validation": 2000, "test": 5863}  # clips
@@ -20,7 +18,7 @@ def of_each_tag(score, labels, probabilities):
 
     `labels` are 0 or 1, (clips, tags), like the probabilities.
     """
-    from sklearn import metrics
+    from sklearn import metrics  # here, because it takes a second, for which --help should not wait
 
     of_one_tag, columns = getattr(metrics, f"{score}_score"), zip(labels.T, probabilities.T)
     return np.array([of_one_tag(label, column) if np.ptp(label) else np.nan for label, column in columns])

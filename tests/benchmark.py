@@ -109,10 +109,7 @@ def run_script(script, *options):
 
 def make_inputs(scratch, n_clips):
     """Fill folder `scratch` with what the sides work on: two tables of clips, a dump, a checkpoint and a song."""
-    clips, table = (
-        ROOT.parent / "shared/gtzan60",
-        "annotations_final.csv",
-    )  # real music, where it is beside the checkout
+    clips, table = ROOT.parent / "shared/gtzan60", "annotations_final.csv"  # real music, if it is beside the checkout
     if not clips.is_dir():
         clips, table = scratch / "demo", "tags.csv"
         render(clips, 60)

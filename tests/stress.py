@@ -187,9 +187,8 @@ def kill_script(script, good, folder, settings):
     while tally["kills"] < settings.kills:
         case = folder.with_name(f"{script}-{tally['kills']}")
         shutil.copytree(good.inputs, case, symlinks=True)
-        second = (
-            [start(case, COMMANDS[script], stdout=os.devnull)] if script != "get_data" and rng.random() < 0.3 else []
-        )
+        two_at_once = script != "get_data" and rng.random() < 0.3
+        second = [start(case, COMMANDS[script], stdout=os.devnull)] if two_at_once else []
         processes = [*second, start(case, COMMANDS[script])]
         while tally["kills"] < settings.kills and kill_within(seconds, processes[-1], rng):
             tally["kills"] += 1
@@ -291,7 +290,7 @@ def spoil(path, content, other, rng):
 
 def mp3(good, case, rng):
     spoil(case / "clip.mp3", *rng.sample(good.mp3s, 2), rng)
-    samples, outcome, reason = read_clip(case, "clip.mp3")
+    samples, outcome, reason = read_clip(case / "clip.mp3")
     if outcome == "zero":
         raise InputError(reason)
     spectrogram = log_mel(samples)
@@ -305,7 +304,7 @@ def tables(good, case, rng):
     spoil(case / "tags.csv", rng.choice(good.tables), good.music / "clip_info_final.csv", rng)
     found = read_annotations(case / "tags.csv")
     for mp3_path in found.mp3_paths:
-        read_clip(case, mp3_path)  # whatever the path is
+        read_clip(case / mp3_path)  # whatever the path is
     text = io.StringIO((case / "tags.csv").read_bytes().decode("utf-8-sig"), newline="")
     header, *rows = filter(None, csv.reader(text, dialect="excel-tab"))
     found_rows = list(zip(found.ids.tolist(), found.labels.astype(str).tolist(), found.mp3_paths))

@@ -96,12 +96,12 @@ def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_pa
     os.utime(files[1], (1, 1))
     assert fill(table, files) == 2
     before = table.read_bytes()
-    with pytest.raises(InputError, match="not a table of these tags"):
+    with pytest.raises(InputError, match="no table of this checkpoint's"):
         fill(table, files, tags=["slow", "fast"])
-    with pytest.raises(InputError, match="rows of another checkpoint"):
+    with pytest.raises(InputError, match="no table of this checkpoint's"):
         fill(table, files, checkpoint="4e5f6071")
     assert table.read_bytes() == before
     for content in (b"", b"no table", b"no table\r\n"):
         files[0].write_bytes(content)
-        with pytest.raises(InputError, match="not a table of these tags"):
+        with pytest.raises(InputError, match="no table of this checkpoint's"):
             fill(files[0], files)

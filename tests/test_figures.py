@@ -1,8 +1,5 @@
 """The pictures, by what matplotlib was told to draw and by the PNG files."""
 
-import os
-import subprocess
-import sys
 
 import librosa
 import matplotlib
@@ -10,7 +7,6 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from conftest import ROOT
 from lib import figures
 from lib.audio import N_FFT, SAMPLE_RATE
 
@@ -70,19 +66,6 @@ def test_same_data_give_the_same_bytes_whatever_the_reader_s_own_style(name, tmp
     assert b"Software" not in a.read_bytes()  # would name matplotlib's version
     assert sorted(tmp_path.iterdir()) == [a, b] and is_drawn(a)
     assert "synthetic demo data" in draw(name, b, synthetic=True).get_suptitle()
-
-
-def test_no_display_is_needed(tmp_path):
-    script = """if True:
-        import sys
-        from lib import figures
-        row = dict(epoch=0, learning_rate=1, loss=None, validation_roc_auc=0.6, best=True)
-        figures.training_curves("a.png", [row])
-        assert not {"matplotlib.pyplot", "librosa"} & set(sys.modules)
-    """
-    environment = {**os.environ, "DISPLAY": "", "MPLBACKEND": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, env=environment, check=True, timeout=60)
-    assert is_drawn(tmp_path / "a.png")
 
 
 def test_training_curves_mark_the_chosen_epoch_and_show_the_learning_rates(tmp_path):
