@@ -1,8 +1,7 @@
 """Score a trained checkpoint on its validation and test clips, or tag your own music with it.
 
 Writes results.json, tables and pictures beside the checkpoint. With --against, compares it with another experiment's
-on the clips that neither was trained on. With --tag, prints the most likely tags of each audio file instead.
-From Python: Tagger("experiments/paper/best.pt")("song.mp3") gives {tag: probability}.
+on the test clips of both. With --tag, prints the most likely tags of each audio file instead.
 """
 
 import json
@@ -15,7 +14,7 @@ import torch
 
 from lib import scores
 from lib.baseline import band_features, baseline_predictions
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint, n_test_clips_seen
 from lib.common import ROOT, InputError, Range, run, settings_from_command_line, whole_file, write_table
 from lib.dump import Dump
 from lib.feeder import Feeder, predict
@@ -71,7 +70,7 @@ def main():
     intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if info else 'clips'}"
     sums = dump.band_sums()  # and compares every byte with the checksums
     if settings.against:
-        return compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, intervals, device)
+        return compare_experiments(settings, path.parent, checkpoint, labels, rows_of, dump, groups, intervals, device)
 
     probabilities = {part: predict_rows(checkpoint, dump, rows_of[part], device, settings) for part in EVALUATED}
     baseline = baseline_predictions(band_features(*sums), labels, rows_of["train"]) if settings.baseline else None
@@ -246,42 +245,35 @@ def print_part(part, result):
         print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
 
 
-def compare_experiments(settings, checkpoint, labels, rows_of, dump, groups, intervals, device):
+def compare_experiments(settings, folder, checkpoint, labels, rows_of, dump, groups, intervals, device):
     """Print, write and draw how the checkpoint differs from that of --against, on the test clips of both.
 
-    Raises InputError if one was trained on, or chosen by, test clips of the other, or if no clip is of both, or a tag.
+    Raises InputError if one has seen test clips of the other, they share no test clip, or their tags differ.
     """
     other = load_checkpoint(settings.experiments / settings.against / "best.pt")
-    others_rows_of = clips_of(other, dump, settings.other_data)[1]
-    for seen, tested in ((rows_of, others_rows_of), (others_rows_of, rows_of)):
-        n_seen = np.isin(tested["test"], np.concatenate([seen["train"], seen["validation"]])).sum()
-        if n_seen:
-            clips = f"{n_seen:,} of the {len(tested['test']):,} test clips of one"
-            raise InputError(f"{settings.name}, {settings.against}: the other was trained on, or chosen by, {clips}")
-    rows, tags = np.intersect1d(rows_of["test"], others_rows_of["test"]), checkpoint["tag_names"]
+    name, against, tags = str(settings.checkpoint or settings.name), settings.against, checkpoint["tag_names"]
+    if n_seen := n_test_clips_seen(checkpoint, other) + n_test_clips_seen(other, checkpoint):
+        raise InputError(f"{name}, {against}: {n_seen:,} test clips of one trained, or chose, the other; use one split")
+    rows = np.intersect1d(rows_of["test"], clips_of(other, dump, settings.other_data)[1]["test"])
     if not len(rows) or other["tag_names"] != tags:
-        raise InputError(f"{settings.name}, {settings.against}: have no test clips in common, or other tags")
-    predicted = [predict_rows(its, dump, rows, device, settings) for its in (checkpoint, other)]
-    ours, theirs = (
-        scores.scores_of(labels[rows], probabilities, groups[rows], settings.resamples, settings.seed)
-        for probabilities in predicted
-    )
+        raise InputError(f"{name}, {against}: have no test clips in common, or other tags")
+    of_both = (predict_rows(its, dump, rows, device, settings) for its in (checkpoint, other))
+    resampling = groups[rows], settings.resamples, settings.seed
+    ours, theirs = (scores.scores_of(labels[rows], predicted, *resampling) for predicted in of_both)
     difference = ours.minus(theirs)
     result = {
-        "name": settings.name,
-        "against": settings.against,
+        "name": name,
+        "against": against,
         "clips": len(rows),
         "intervals": intervals,
         **difference.macro(),
         "tags": per_tag_rows(tags, labels[rows], difference),
     }
     print_comparison(result)
-    folder = (settings.checkpoint or settings.experiments / settings.name / "best.pt").parent
     write_json(folder / "comparison.json", result)
     from lib.figures import tag_differences  # matplotlib takes a while to import
 
-    title = f"{settings.name} - {settings.against}"
-    tag_differences(folder / "comparison.png", result["tags"], title, synthetic=dump.synthetic)
+    tag_differences(folder / "comparison.png", result["tags"], f"{name} - {against}", synthetic=dump.synthetic)
 
 
 def print_comparison(result):
@@ -298,4 +290,4 @@ def print_comparison(result):
 
 
 if __name__ == "__main__":
-    run(main, "the same command starts over")
+    run(main, "give the same command again")

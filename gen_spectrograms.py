@@ -36,6 +36,7 @@ class Settings:
     overwrite: bool = False  # delete the dump in the folder and start over
 
 
+FILES = "spectrograms_[0-9]*"  # of spectrograms, their journals, and both unfinished
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
 
@@ -75,7 +76,7 @@ def begin_or_continue(data, plan, overwrite):
     if overwrite:
         delete_dump(data)
     if not (data / MANIFEST).exists():
-        if unexpected := next(data.glob("spectrograms_*"), None):
+        if unexpected := next(data.glob(FILES), None):
             raise InputError(f"{unexpected}: of a dump without {MANIFEST}; move it away or start over with --overwrite")
         write_manifest(data, {**plan, "complete": False})
     manifest = manifest_of(data, plan)
@@ -87,9 +88,9 @@ def begin_or_continue(data, plan, overwrite):
 def delete_dump(data):
     """Delete a dump once no process is at work on any part of it."""
     with contextlib.ExitStack() as held:
-        for index in {re.split("[_.]", path.name)[1] for path in data.glob("spectrograms_*")}:
+        for index in {re.split("[_.]", path.name)[1] for path in data.glob(FILES)}:
             held.enter_context(lock(data / f"spectrograms_{index}.npy"))
-        for path in [data / MANIFEST, *data.glob("spectrograms_*")]:
+        for path in [data / MANIFEST, *data.glob(FILES)]:
             path.unlink(missing_ok=True)
 
 

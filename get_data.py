@@ -177,7 +177,7 @@ def unpack(data):
             with whole_file(path, durable=False) as file:
                 file.write(clip)
         n_clips += 1
-    print(f"{data}: {n_clips} clips unpacked; mp3.zip.001 to .003 may go")
+    print(f"{data}: {n_clips} clips unpacked; mp3.zip.001 to .003 can be deleted")
 
 
 def files_in_archive(data):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.audio import N_FRAMES, N_MELS
 from lib.common import Range, run, settings_from_command_line
 from lib.parallel import sum_over_processes
 
@@ -20,7 +21,7 @@ class Settings:
     n_tags: Annotated[int, Range(1, 100_000)] = 50  # outputs
 
 
-N_FEATURES = 70 * 8 * 9  # channels x mels x frames after the last pooling
+N_FEATURES = 70 * (N_MELS // 16) * (N_FRAMES // 64)  # channels x mels x frames after the last pooling: 5,040
 
 
 def main():

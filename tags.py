@@ -77,8 +77,8 @@ def main():
 def read_annotations(path):
     """Read a table in MagnaTagATune's format: tab separated, `clip_id`, one column per tag, `mp3_path`.
 
-    Quotes, a byte-order mark and either line ending are optional. Raises InputError with the line number
-    where a row has another number of columns, a value other than 0 or 1, or a clip id that is not a new integer.
+    Quotes, a byte-order mark and either line ending are optional. Raises InputError with the line number where a row
+    has another number of columns, a value other than 0 or 1, or a clip id that is no integer or a duplicate.
     """
     header, rows = _read_table(path)
     tag_names, labels = header[1:-1], np.zeros((len(rows), len(header) - 2), np.uint8)
@@ -144,7 +144,7 @@ def _read_table(path):
             raise InputError(f"{path}, line {line}: {len(fields)} columns, but the header has {len(header)}")
         clip = fields[0]
         if not (clip.isascii() and clip.isdecimal() and len(clip) <= 18):  # 18 digits always fit an int64
-            raise InputError(f"{path}, line {line}: clip_id is {clip!r}; it must be an integer")
+            raise InputError(f"{path}, line {line}: clip_id is {clip!r}; it must be an integer, 0 or more")
         if int(clip) in rows:
             raise InputError(f"{path}, line {line}: clip {clip} is there already, on line {rows[int(clip)][0]}")
         rows[int(clip)] = line, fields

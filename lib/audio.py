@@ -23,7 +23,7 @@ FRONT_END = {
 }
 SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
 CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
-CLIP_SECONDS_READ = 31  # of a longer file: more than the 628 frames and the resampler reach
+CLIP_SECONDS_READ = CLIP_SAMPLES // SAMPLE_RATE + 2  # of a longer file: more than frames and resampler reach
 FRAMES_AT_ONCE = 64  # stay in the cache from the window to the mel bands
 BANDS_AT_ONCE = 16  # neighbouring mel bands, which share a narrow range of frequencies
 
@@ -50,7 +50,7 @@ def load(path, seconds=None):
 def decode(path, seconds=None):
     """Return (samples, sample_rate): the audio file, or its first `seconds`, in mono, float32, full scale 1.
 
-    Raises InputError, which does not name the file, if there are none.
+    Raises InputError if it can't be decoded; the message leaves out the path.
     """
     import soundfile
 
@@ -123,7 +123,8 @@ def _window_and_filters():
     from librosa.filters import mel
 
     filters = []
-    for bands in np.split(mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64), N_MELS // BANDS_AT_ONCE):
+    all_bands = mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64)
+    for bands in np.split(all_bands, range(BANDS_AT_ONCE, N_MELS, BANDS_AT_ONCE)):
         used = np.flatnonzero(bands.any(axis=0))
         frequencies = slice(used[0], used[-1] + 1)
         filters.append((frequencies, torch.from_numpy(bands[:, frequencies].T.copy())))

@@ -26,7 +26,7 @@ CONTENTS = {
 
 def save(path, checkpoint):
     """Write a checkpoint that loads with weights_only=True."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # because torch.save meets a full disk with a RuntimeError
     torch.save(checkpoint, buffer)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
@@ -38,7 +38,7 @@ def load_checkpoint(path):
     Raises InputError if it is missing, damaged, or something else.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint; trainer.py writes it, --name or --checkpoint names another")
+        raise InputError(f"{path}: no such checkpoint; trainer.py writes them")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
             if damaged := archive.testzip():
@@ -63,14 +63,22 @@ def _check(checkpoint):
         raise InputError(f"it holds the weights of another network than this with {len(checkpoint['tag_names'])} tags")
 
 
-def take_weights(checkpoint, net, tag_names, front_end):
-    """Copy the checkpoint's weights into `net`, but for the last layer if its tags are not `tag_names`; say so.
+def n_test_clips_seen(checkpoint, experiment):
+    """Return how many test clips of an `experiment`, or of another checkpoint, trained or chose the checkpoint."""
+    seen = torch.cat([checkpoint["clip_ids"][part] for part in ("train", "validation")])
+    return int(torch.isin(experiment["clip_ids"]["test"], seen).sum())
 
-    Raises InputError if the checkpoint's spectrograms had another front end.
+
+def take_weights(checkpoint, net, experiment):
+    """Copy the checkpoint's weights into `net`, but for the last layer if its tags are not the experiment's; say so.
+
+    Raises InputError if its spectrograms had another front end.
     """
-    if checkpoint["front_end"] != front_end:
+    if checkpoint["front_end"] != experiment["front_end"]:
         raise InputError("--start-from: that checkpoint was trained on spectrograms of another front end")
-    weights, same_tags = checkpoint["weights"], checkpoint["tag_names"] == tag_names
+    if checkpoint["dump"] == experiment["dump"] and (n_seen := n_test_clips_seen(checkpoint, experiment)):
+        print(f"note: {n_seen:,} of the test clips trained, or chose, that checkpoint; their score will be too good")
+    weights, same_tags = checkpoint["weights"], checkpoint["tag_names"] == experiment["tag_names"]
     if not same_tags:
         weights = {name: value for name, value in weights.items() if not name.startswith("top.")}
     net.load_state_dict(weights, strict=same_tags)

@@ -1,7 +1,7 @@
 """The project's pictures, as PNG files: training curves, the score of each tag, correlations of tags, a taggram.
 
-Each function writes one picture and returns its matplotlib Figure. The same data give the same bytes, and no
-display is needed. Colours are Okabe and Ito's, or change in lightness, and nothing is told by colour alone.
+Each function writes one picture and returns its matplotlib Figure. The same data give the same bytes. Colours are
+Okabe and Ito's, or change in lightness, and nothing is told by colour alone.
 """
 
 import contextlib

@@ -43,6 +43,8 @@ def tagged(tagger, files):
 
     def tag(path):
         try:
+            if os.path.isdir(path):
+                raise InputError("a folder without audio files, or one that can't be listed")
             samples = tagger.samples(path)
             tags = tagger.tags(tagger.spectrograms(windows(samples)))
             promised, read = soundfile.info(os.fsencode(path)).duration, len(samples) / SAMPLE_RATE
@@ -78,10 +80,7 @@ def print_tags(settings, tagger, folder, files):
 
 
 def tag_library(table, tagger, checkpoint, files):
-    """Tag the files that the table lacks, and add the row of each as it is done; return how many got no tags.
-
-    A row that a kill cut off is made again, and so is that of a file which has changed since.
-    """
+    """Tag the files that the table lacks, and add the row of each as it is done; return how many got no tags."""
     header = ["path", "seconds", *tagger.tag_names, "bytes", "modified", "checkpoint", "note"]
     stamps = dict.fromkeys(map(str, files), ["", ""])  # size and time, by which a change is noticed
     for file in filter(os.path.exists, files):
@@ -112,7 +111,7 @@ def rows_to_keep(table, header, stamps, checkpoint):
     """
     text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
     text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
-    found, *rows = csv.reader(io.StringIO(text, newline=""))
+    found, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
     if found != header or any(row[-2] != checkpoint for row in rows):
         raise InputError(f"{table}: no table of this checkpoint's; move it away, or give --csv another name")
     return [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
@@ -121,7 +120,7 @@ def rows_to_keep(table, header, stamps, checkpoint):
 def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
     """Draw an audio file's spectrogram above its most likely tags over time, into `folder`.
 
-    The picture has the file's name, after as many of its folders as make it another than those in `pictures`. Its
+    The picture has the file's name, after enough of its folders to make it another than those in `pictures`. Its
     columns, 120 at most and at least a second apart, are each the network's answer for the 29.1 s around it; at the
     ends the recording is continued by its mirror image.
     """

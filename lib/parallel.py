@@ -25,7 +25,7 @@ def choose_device(name):
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]})") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -34,8 +34,7 @@ def choose_device(name):
 def keep_freed_memory():
     """Tell the C library to keep freed memory for the next tensors instead of giving it back.
 
-    Each training step frees and takes a gigabyte again; having the kernel clear those pages anew costs as much time
-    as the arithmetic. Only glibc understands this; elsewhere nothing happens.
+    Each step takes a gigabyte again; to have the kernel clear it costs as much time as the arithmetic. Only glibc can.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -107,7 +106,7 @@ def barrier():
 
 
 def share_of_this_process(rows):
-    """Return this process's rows of a global batch: consecutive, and as many as the others' but one at most."""
+    """Return this process's rows of a global batch: consecutive; their numbers differ by at most one."""
     return np.array_split(rows, n_processes())[dist.get_rank()] if n_processes() > 1 else rows
 
 

@@ -56,7 +56,7 @@ def split_clips(n_clips, train_size, validation_size, rng):
 def split_by_folder(mp3_paths, rng):
     """Return (train, validation, test) rows: folders 0-b, c and d-f, as most other papers divide MagnaTagATune."""
     first = np.array([path.split("/")[0] for path in mp3_paths])
-    unexpected = sorted(set(first) - set("0123456789abcdef"))
+    unexpected = sorted(set(first.tolist()) - set("0123456789abcdef"))
     if unexpected:
         raise InputError(f"--split folder: needs MagnaTagATune's folders 0 to f, but there is {unexpected[0]!r}")
     train = np.flatnonzero(first < "c")

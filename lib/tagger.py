@@ -96,12 +96,12 @@ def audio_files(paths):
     """
     import soundfile
 
-    extensions = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".opus", ".oga"}
+    extensions = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"} | {".aif", ".opus", ".oga"}
     files = []
     for path in paths:
         unlisted = []  # folders, or `path` itself if it is a file
         walk = os.walk(path, onerror=lambda error: unlisted.append(Path(error.filename)))
-        inside = [Path(folder, name) for folder, _, names in walk for name in names]
+        inside = [Path(folder, name) for folder, _, names in walk for name in names if not name.startswith(".")]
         audio = sorted(file for file in inside if file.suffix.lower() in extensions)
         files += [*audio, *unlisted] or [path]
-    return files
+    return list(dict.fromkeys(files))

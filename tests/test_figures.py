@@ -1,6 +1,5 @@
 """The pictures, by what matplotlib was told to draw and by the PNG files."""
 
-
 import librosa
 import matplotlib
 import numpy as np

@@ -333,18 +333,22 @@ def test_resuming_in_bfloat16_is_bit_identical(small, tmp_path, call_script):
 
 
 def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script):
-    best = uninterrupted[0] / "best.pt"
+    best = shutil.copy(uninterrupted[0] / "best.pt", tmp_path)
     started = load_checkpoint(best)
     arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0, "--start-from", best, "--name"]
-    assert "its own last layer" in call_script("trainer.py", *arguments, "same").stdout
+    done = call_script("trainer.py", *arguments, "same").stdout
+    assert "its own last layer" in done and "the test clips trained" not in done
     same = load_checkpoint(tmp_path / "same/best.pt")
     assert same_checkpoint(same["weights"], started["weights"])
     assert same_checkpoint(same["normalization"], started["normalization"])
     assert same["history"][0]["validation_roc_auc"] == started["history"][-1]["validation_roc_auc"]
     assert same["hyperparameters"]["start_from"] == str(best)
-    assert "a fresh last layer" in call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout
+    done = call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout  # whose split differs too
+    assert "a fresh last layer" in done and "3 of the test clips trained, or chose, that checkpoint" in done
     other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
     assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["top.bias"]) == 2
+    os.unlink(best)
+    assert "epoch   1" in call_script("trainer.py", *arguments, "same", "--resume", "--epochs", 1).stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
