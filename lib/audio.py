@@ -103,9 +103,9 @@ def log_mel(samples, n_frames=N_FRAMES):
     half = N_FFT // 2
     n_samples = (n_frames - 1) * HOP_LENGTH
     samples = samples[: n_samples + half]  # what the last frame reaches
-    samples = np.pad(samples.astype(np.float64), (0, max(0, max(n_samples, N_FFT) - len(samples))))
-    padded = torch.nn.functional.pad(torch.from_numpy(samples)[None], (half, half), FRONT_END["pad_mode"])[0]
-    frames = padded.unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
+    samples = np.pad(samples, (0, max(0, max(n_samples, N_FFT) - len(samples))))
+    reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
+    frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
     mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
     with torch.inference_mode():
         for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
