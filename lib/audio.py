@@ -62,8 +62,8 @@ def decode(path, seconds=None):
         with soundfile.SoundFile(os.fsencode(path)) as file:
             # At once: soundfile seeks between blocks, after which some mp3 files go on with other last bits
             samples = file.read(-1 if seconds is None else int(seconds * file.samplerate), "float32", always_2d=True)
-            # A sum of channels takes a fifth of the time of NumPy's mean
-            return samples[:, 0] if file.channels == 1 else sum(samples.T) / file.channels, file.samplerate
+            mono = functools.reduce(np.add, samples.T)  # takes a tenth of the time of NumPy's mean
+            return np.divide(mono, file.channels, out=mono), file.samplerate
     except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
         message = getattr(error, "error_string", reason(error)).rstrip(".").lower()
         if "does not exist" in message:  # libsndfile's words for an mp3 without a single frame
