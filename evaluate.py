@@ -59,7 +59,7 @@ WORTH_A_LISTEN = 10  # clips of each tag, in each direction
 def main():
     settings = settings_from_command_line(Settings, __doc__)
     path = settings.checkpoint or settings.experiments / settings.name / "best.pt"
-    if settings.tag is not None:
+    if settings.tag is not None or settings.csv or settings.json or settings.taggram:
         return tag_files(settings, path)
     device = choose_device(settings.device)
     checkpoint = load_checkpoint(path)

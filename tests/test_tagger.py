@@ -167,6 +167,7 @@ def test_a_library_is_a_table_with_a_row_for_each_file(tmp_path, tagger, run_scr
     (tmp_path / "broken.mp3").write_bytes(b"not music")
     arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--csv", tmp_path / "tags.csv", "--tag", tmp_path]
     assert "2 rows added, 1 of them without tags" in run_script("evaluate.py", *arguments, status=1).stdout
+    assert "--tag: needs audio files" in run_script("evaluate.py", *arguments[:-2], status=1).stderr
     with open(tmp_path / "tags.csv", encoding="utf-8-sig", newline="") as file:
         broken, song = csv.DictReader(file)
     assert broken["path"].endswith("broken.mp3") and "can't be decoded" in broken["note"]
