@@ -5,11 +5,9 @@ tag_names.npy, mp3_paths.npy, bad_clips.csv and dump.json, which says what the d
 the same command goes on after the last complete clip.
 """
 
-import contextlib
 import hashlib
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import traceback
@@ -24,7 +22,8 @@ from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_ME
 from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one for other programs
 from lib.common import ROOT, InputError, Range, lock, naming, progress, reason, run
 from lib.common import settings_from_command_line, whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, ChunkWriter, Dump, crc_of_file, divide, read_manifest, write_manifest
+from lib.dump import CLIP_BYTES, FILES, MANIFEST, ChunkWriter, Dump, crc_of_file
+from lib.dump import delete_dump, divide, read_manifest, write_manifest
 from tags import read_annotations
 
 
@@ -36,7 +35,6 @@ class Settings:
     overwrite: bool = False  # delete the dump in the folder and start over
 
 
-FILES = "spectrograms_[0-9]*"  # of spectrograms, their journals, and both unfinished
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
 
@@ -83,15 +81,6 @@ def begin_or_continue(data, plan, overwrite):
     if manifest["complete"]:
         Dump(data)  # compares the files with the manifest
     return manifest
-
-
-def delete_dump(data):
-    """Delete a dump once no process is at work on any part of it."""
-    with contextlib.ExitStack() as held:
-        for index in {re.split("[_.]", path.name)[1] for path in data.glob(FILES)}:
-            held.enter_context(lock(data / f"spectrograms_{index}.npy"))
-        for path in [data / MANIFEST, *data.glob(FILES)]:
-            path.unlink(missing_ok=True)
 
 
 def manifest_of(data, plan):

@@ -96,7 +96,7 @@ def train(settings, device, dtype, folder, saved):
         "synthetic": dump.synthetic,
     }
     history = []
-    source = load_checkpoint(settings.start_from) if settings.start_from and not saved else None
+    source = saved or (load_checkpoint(settings.start_from) if settings.start_from else None)
     if saved:
         require_same_clips(saved, experiment, settings.data)
         restore(saved, net, optimizer, parts["train"], rng, device)
@@ -107,8 +107,8 @@ def train(settings, device, dtype, folder, saved):
     sums, squares = dump.band_sums()  # reads the whole dump, and compares its checksums
     rows = parts["train"] if settings.normalize_on == "train" else slice(None)
     mean, std = band_normalization(sums[rows], squares[rows])
-    if begun := saved or source:
-        mean, std = (begun["normalization"][name].numpy() for name in ("mean", "std"))
+    if source:
+        mean, std = (source["normalization"][name].numpy() for name in ("mean", "std"))
     experiment["normalization"] = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
     n_ahead = CLIPS_AHEAD // settings.batch_size
     feeder = Feeder(dump, labels, (mean, std), device, getattr(torch, settings.precision), n_ahead, settings.resident)

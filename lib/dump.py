@@ -11,15 +11,16 @@ import os
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import numpy as np
 
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import InputError, progress, whole_file
+from lib.common import InputError, lock, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
+FILES = "spectrograms_[0-9]*"  # of all chunks, with their journals, finished or not
 
 
 class Chunk:
@@ -103,6 +104,15 @@ class ChunkWriter:
             os.fsync(file.fileno())
             file.close()
         os.replace(self.chunk.partial, self.chunk.file)
+
+
+def delete_dump(data):
+    """Delete a dump once no process is at work on any part of it."""
+    with ExitStack() as held:
+        for index in {re.split("[_.]", path.name)[1] for path in data.glob(FILES)}:
+            held.enter_context(lock(Chunk(data, index, range(0)).file))
+        for path in [data / MANIFEST, *data.glob(FILES)]:
+            path.unlink(missing_ok=True)
 
 
 def read_manifest(data):

@@ -34,7 +34,8 @@ def choose_device(name):
 def keep_freed_memory():
     """Tell the C library to keep freed memory for the next tensors instead of giving it back.
 
-    Each step takes a gigabyte again; to have the kernel clear it costs as much time as the arithmetic. Only glibc can.
+    Each training step frees and takes a gigabyte again; having the kernel clear those pages anew costs as much time
+    as the arithmetic. Only glibc understands this; elsewhere nothing happens.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

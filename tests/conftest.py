@@ -1,6 +1,5 @@
 """What the tests share: how a script is run, and where the optional real data lies."""
 
-import gzip
 import importlib
 import signal
 import subprocess
@@ -16,8 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from gen_spectrograms import begin_or_continue, finish, plan_dump
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import lock
-from lib.common import run as run_main
+from lib.common import lock, run as run_main
 from lib.dump import ChunkWriter, MANIFEST, divide
 from tags import read_annotations
 
@@ -63,14 +61,6 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the real annotations and clips are not beside this checkout")
     return SHARED
-
-
-@pytest.fixture
-def real_tables(shared, tmp_path):
-    """Return a folder with MagnaTagATune's own annotations and clip table."""
-    for name, stored in (("annotations_final", "tags"), ("clip_info_final", "clip_info_final")):
-        (tmp_path / f"{stored}.csv").write_bytes(gzip.decompress((shared / f"mtat/{name}.csv.gz").read_bytes()))
-    return tmp_path
 
 
 def write_dump(data, n_clips, seed=0):

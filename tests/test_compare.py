@@ -96,10 +96,9 @@ def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_pa
     os.utime(files[1], (1, 1))
     assert fill(table, files) == 2
     before = table.read_bytes()
-    with pytest.raises(InputError, match="no table of this checkpoint's"):
-        fill(table, files, tags=["slow", "fast"])
-    with pytest.raises(InputError, match="no table of this checkpoint's"):
-        fill(table, files, checkpoint="4e5f6071")
+    for other in ({"tags": ["slow", "fast"]}, {"checkpoint": "4e5f6071"}):
+        with pytest.raises(InputError, match="no table of this checkpoint's"):
+            fill(table, files, **other)
     assert table.read_bytes() == before
     for content in (b"", b"no table", b"no table\r\n"):
         files[0].write_bytes(content)

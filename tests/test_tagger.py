@@ -176,9 +176,17 @@ def test_a_library_is_a_table_with_a_row_for_each_file(tmp_path, tagger, run_scr
         assert float(song[tag]) == pytest.approx(probability, abs=1e-6)
 
 
-def test_a_folder_that_can_t_be_listed_becomes_an_error_like_that_of_a_file(tmp_path, monkeypatch):
+def test_folders_that_can_t_be_listed_or_hold_no_audio_stay(tmp_path, monkeypatch):
+    for name in ("private", "open", "empty/inner"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "open/song.mp3").touch()
+    list_folder = os.scandir
+
     def scandir(path):
-        raise PermissionError(13, "Permission denied", str(path))
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert audio_files([tmp_path, tmp_path / "song.xyz"]) == [tmp_path, tmp_path / "song.xyz"]
+    files = audio_files([tmp_path, tmp_path / "empty", tmp_path / "song.xyz"])
+    assert files == [tmp_path / name for name in ("open/song.mp3", "private", "empty", "song.xyz")]
