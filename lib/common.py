@@ -18,6 +18,13 @@ LOCK_SECONDS = 3  # a killed run's last worker may take a while to notice
 progress = functools.partial(tqdm, disable=None)  # shows nothing where the output is no terminal: logs stay readable
 
 
+def n_cores():
+    """Return how many of the machine's cores this process may use, by its affinity and its container's quota."""
+    import joblib  # here, because most scripts never ask
+
+    return joblib.cpu_count()
+
+
 class InputError(Exception):
     """Something the person running the script can put right; the message names the file and the remedy."""
 

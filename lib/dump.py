@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 import numpy as np
 
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import InputError, lock, progress, whole_file
+from lib.common import InputError, lock, n_cores, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
@@ -184,7 +184,7 @@ class Dump:
         Raises InputError if a file of spectrograms is not the one that dump.json knows.
         """
         bar = progress(desc="normalization", total=len(self), unit="clip", delay=1, leave=False)
-        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        with ThreadPoolExecutor(n_cores()) as pool, bar:
             sums = list(pool.map(self._band_sums_of_chunk, self.files, self.chunks, [bar] * len(self.files)))
         return np.concatenate(sums, axis=1)
 

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, log_mel
-from lib.common import InputError, lock, progress, reason, whole_file
+from lib.common import InputError, lock, n_cores, progress, reason, whole_file
 from lib.dump import crc_of_file
 from lib.feeder import load_ahead
 from lib.tagger import Tagger, audio_files, windows
 
-THREADS = os.cpu_count() or 1  # decode as many files ahead of the network
 INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header promises, as some mp3 files are
 
 
@@ -55,7 +54,7 @@ def tagged(tagger, files):
 
     if len(files) > 1:
         torch.set_num_threads(1)  # each thread has a file of its own
-    return load_ahead(tag, files, THREADS, THREADS)
+    return load_ahead(tag, files, n_ahead=n_cores(), n_threads=n_cores())
 
 
 def print_tags(settings, tagger, folder, files):
