@@ -65,7 +65,12 @@ class MultiScaleCNN(nn.Module):
         branches = self.branch1(spectrograms), self.branch2(half), self.branch3(quarter)
         features = self.joined(torch.cat(branches, dim=1))  # (clips, 5040), channel by channel
         features = self.dropout(self.batch_norm(features))
-        return self.top(F.relu(self.hidden(features)))
+        return self._logits(F.relu(self.hidden(features)))
+
+    def _logits(self, hidden):
+        """The last layer, never in bfloat16: in its 8 binary digits, thousands of clips share a few hundred logits."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.top(hidden.to(self.top.weight.dtype))
 
 
 class ConvPool(nn.Sequential):
@@ -122,12 +127,12 @@ class BatchDropout(nn.Module):
     def __init__(self, keep_probability=0.6):
         super().__init__()
         self.keep_probability = keep_probability
-        self.register_buffer("device_marker", torch.empty(0), persistent=False)
+        self.register_buffer("marker", torch.empty(0), persistent=False)  # has the network's device and precision
 
     def draw_mask(self, n_features):
         """Return the mask of one step: (n_features,), 0 or 1/keep_probability."""
-        kept = torch.rand(n_features, device=self.device_marker.device) < self.keep_probability
-        return kept / self.keep_probability
+        kept = torch.rand(n_features, device=self.marker.device) < self.keep_probability
+        return kept.to(self.marker.dtype) / self.keep_probability
 
     def forward(self, features):
         if not self.training:
