@@ -19,7 +19,7 @@ from lib.common import ROOT, InputError, Range, run, settings_from_command_line,
 from lib.dump import Dump
 from lib.feeder import Feeder, predict
 from lib.library import tag_files
-from lib.parallel import autocast, choose_device
+from lib.parallel import autocast, choose_device, remedy_for_full_gpu, require_one_process
 from lib.scores import format_score
 from lib.tagger import Tagger, network_of  # noqa: F401 - Tagger: for other programs
 from tags import clip_info_of, select_tags
@@ -58,6 +58,7 @@ WORTH_A_LISTEN = 10  # clips of each tag, in each direction
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
+    require_one_process("evaluate.py")
     path = settings.checkpoint or settings.experiments / settings.name / "best.pt"
     if settings.tag is not None or settings.csv or settings.json or settings.taggram:
         return tag_files(settings, path)
@@ -115,8 +116,8 @@ def predict_rows(checkpoint, dump, rows, device, settings):
     """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
     normalization = [checkpoint["normalization"][name].numpy() for name in ("mean", "std")]
     net, precision = network_of(checkpoint, device, settings.precision)
-    feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision), resident="no")
-    with autocast(device, precision):
+    feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision))
+    with autocast(device, precision), remedy_for_full_gpu(device):
         return predict(net, feeder, rows, settings.batch_size)
 
 

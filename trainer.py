@@ -18,9 +18,8 @@ from lib.common import ROOT, Range, run, settings_from_command_line
 from lib.dump import Dump, band_normalization
 from lib.experiment import claimed_folder, hyperparameters, require_same_clips, write_outputs
 from lib.feeder import Feeder, predict
-from lib.graph import GraphedStep
-from lib.parallel import autocast, choose_device, is_main_process, joined_processes, n_processes, prepare_device
-from lib.parallel import share_of_this_process, sum_gradients
+from lib.parallel import autocast, choose_device, from_main_process, is_main_process, joined_processes, prepare_device
+from lib.parallel import remedy_for_full_gpu, share_of_this_process, sum_gradients
 from lib.report import Losses, print_epoch, print_scores, print_summary
 from lib.scores import macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - split_clips: for other programs
@@ -58,18 +57,16 @@ class Settings:
     device: str = "auto"  # auto (CUDA, else Apple's mps, else cpu), or one of them by name, such as cuda:1
     precision: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: mixed with float32; float64: for tests
     tf32: bool = True  # in float32 on CUDA, let matrix products round their inputs to TF32
-    graph: bool = True  # on one CUDA GPU, replay each full batch's step as one CUDA graph
-    resident: Literal["auto", "yes", "no"] = "auto"  # keep all spectrograms on the device; auto: on CUDA with room
 
 
-CLIPS_AHEAD = 512  # are read before they are needed, where they do not live on the device: 160 MB
+CLIPS_AHEAD = 512  # are read before they are needed: 160 MB
 
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
     device = choose_device(settings.device)
     dtype = prepare_device(device, settings.precision, settings.tf32)
-    with joined_processes(device), claimed_folder(settings) as (folder, saved):
+    with joined_processes(device), claimed_folder(settings) as (folder, saved), remedy_for_full_gpu(device):
         train(settings, device, dtype, folder, saved)
 
 
@@ -84,8 +81,7 @@ def train(settings, device, dtype, folder, saved):
     initialize(net, rng)
     parts = divide_clips(settings, dump, rng)
     net = net.to(device, memory_format=torch.channels_last)
-    use_graph = device.type == "cuda" and settings.graph and n_processes() == 1
-    optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=True, capturable=use_graph)
+    optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=True)
 
     experiment = {
         "tag_names": tag_names,
@@ -104,30 +100,19 @@ def train(settings, device, dtype, folder, saved):
     elif source:
         take_weights(source, net, experiment)
 
-    sums, squares = dump.band_sums()  # reads the whole dump, and compares its checksums
-    rows = parts["train"] if settings.normalize_on == "train" else slice(None)
-    mean, std = band_normalization(sums[rows], squares[rows])
+    def normalization():
+        sums, squares = dump.band_sums()  # reads the whole dump, and compares its checksums
+        rows = parts["train"] if settings.normalize_on == "train" else slice(None)
+        return band_normalization(sums[rows], squares[rows])
+
+    mean, std = from_main_process(normalization)
     if source:
         mean, std = (source["normalization"][name].numpy() for name in ("mean", "std"))
     experiment["normalization"] = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
     n_ahead = CLIPS_AHEAD // settings.batch_size
-    feeder = Feeder(dump, labels, (mean, std), device, getattr(torch, settings.precision), n_ahead, settings.resident)
+    feeder = Feeder(dump, labels, (mean, std), device, getattr(torch, settings.precision), n_ahead)
     n_steps = len(epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size))
     print_summary(settings, experiment, dump, net, device, n_steps, n_done=len(history[1:]))
-
-    def step(spectrograms, targets, n_clips):
-        """Take one step on this process's share of a batch of `n_clips`; return its part of the loss, 0-d."""
-        with autocast(device, settings.precision):
-            logits = net(spectrograms).to(targets.dtype)
-        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / (n_clips * len(tag_names))
-        optimizer.zero_grad()
-        loss.backward()
-        sum_gradients(net)
-        optimizer.step()
-        return loss.detach()
-
-    if use_graph:
-        step = GraphedStep(step, optimizer, settings.batch_size)
 
     def score(rows):
         """Return the macro ROC-AUC over all `rows` at once; NaN if no tag has one."""
@@ -160,7 +145,7 @@ def train(settings, device, dtype, folder, saved):
         losses = Losses(epoch, len(batches), device)
         shares = [share_of_this_process(rows) for rows in batches]
         for rows, (spectrograms, targets) in zip(batches, feeder.batches(shares)):
-            losses.append(step(spectrograms, targets, n_clips=len(rows)))
+            losses.append(training_step(net, optimizer, spectrograms, targets, len(rows), settings.precision))
         rng.shuffle(parts["train"])
         finish_epoch(epoch, losses.mean())
 
@@ -168,6 +153,18 @@ def train(settings, device, dtype, folder, saved):
         best = load_checkpoint(folder / "best.pt")
         net.load_state_dict(best["weights"])
         print_scores(best, score(parts["test"]))
+
+
+def training_step(net, optimizer, spectrograms, targets, n_clips, precision):
+    """Take one step on this process's share of a batch of `n_clips`; return its part of the loss, 0-d, unread."""
+    with autocast(spectrograms.device, precision):
+        logits = net(spectrograms)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / (n_clips * targets.shape[1])
+    optimizer.zero_grad()
+    loss.backward()
+    sum_gradients(net)
+    optimizer.step()
+    return loss.detach()
 
 
 def learning_rate_at(epoch, settings):

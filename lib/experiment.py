@@ -11,7 +11,7 @@ from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock, whole_file, write_table
 from lib.parallel import barrier, is_main_process
 
-MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device", "graph", "resident"}
+MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}
 # Besides last.pt, by trainer.py and by evaluate.py
 OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.*")
 OUTPUTS += ("correlations.png", "taggram_*.png", "predictions_*.csv", "worth_a_listen.csv", "comparison.*")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lib.common import InputError, progress
-from lib.parallel import is_main_process, n_processes, note_speed_of_bfloat16, sum_over_processes
+from lib.parallel import is_main_process, n_processes, note_idle_cores, note_speed_of_bfloat16, sum_over_processes
 from lib.scores import compare_with_paper, format_score
 
 STEPS_PER_READING = 100  # of the loss, on a GPU, which has to wait for each
@@ -24,6 +24,7 @@ def print_summary(settings, experiment, dump, net, device, n_steps, n_done):
     print(f"schedule   {settings.epochs} epochs of {n_steps:,} steps, learning rate {settings.learning_rate:g}")
     if device.type == "cpu":
         note_speed_of_bfloat16(settings.precision)
+        note_idle_cores()
     if n_done:
         print(f"resuming   after epoch {n_done}")
 
@@ -39,7 +40,7 @@ class Losses:
 
     def append(self, loss):
         """Add this process's part of a step's loss, 0-d. Raises InputError at one that turns out not to be finite."""
-        self.unread.append(loss.clone())  # a replayed graph overwrites its loss
+        self.unread.append(loss)
         self.bar.update()
         if len(self.unread) == self.steps_per_reading:
             self._read()
