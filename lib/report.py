@@ -13,7 +13,8 @@ STEPS_PER_READING = 100  # of the loss, on a GPU, which has to wait for each
 def print_summary(settings, experiment, dump, net, device, n_steps, n_done):
     n_tags = len(experiment["tag_names"])
     fewer = f" (all there are; {settings.n_tags} were asked for)" if n_tags < settings.n_tags else ""
-    rounding = " with TF32 matrix products" if device.type == "cuda" and settings.tf32 else ""
+    tf32 = device.type == "cuda" and settings.precision == "float32" and settings.tf32
+    rounding = " with TF32 matrix products" if tf32 else ""
     train, validation, test = (f"{len(ids):,}" for ids in experiment["clip_ids"].values())
     bad = f"; {dump.n_bad:,} are bad: all zeros, and used all the same, as in the original" if dump.n_bad else ""
     print(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")

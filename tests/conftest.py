@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cuda_on_cpu import played_gpus
 from gen_spectrograms import begin_or_continue, finish, plan_dump
 from lib.audio import N_FRAMES, N_MELS
 from lib.common import lock, run as run_main
@@ -53,6 +54,13 @@ def call_script(capsys, monkeypatch):
         return SimpleNamespace(returncode=returncode, stdout=printed.out, stderr=printed.err)
 
     return call
+
+
+@pytest.fixture
+def gpus():
+    """Let this test see a CUDA GPU, played by the CPU; return what played it."""
+    with played_gpus() as gpus:
+        yield gpus
 
 
 @pytest.fixture

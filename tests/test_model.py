@@ -93,12 +93,24 @@ def test_pooling_before_the_relu_is_the_same_function():
     assert torch.equal(layer(clips), pool(relu(convolution(clips))))
 
 
-def test_one_mask_serves_the_batch_and_keeps_six_in_ten():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_mask_serves_the_batch_and_keeps_six_in_ten(dtype):
     torch.manual_seed(0)
-    mask = BatchDropout(0.6).draw_mask(100_000)
+    mask = BatchDropout(0.6).to(dtype).draw_mask(100_000)
     assert mask.shape == (100_000,)
-    assert set(mask.tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
+    assert set(mask.tolist()) == {0.0, torch.tensor(1 / 0.6, dtype=dtype).item()}
     assert abs((mask > 0).float().mean() - 0.6) < 0.01
+
+
+def test_in_bfloat16_the_last_layer_computes_in_float32():
+    net, hidden = network().eval(), []
+    net.hidden.register_forward_hook(lambda layer, inputs, output: hidden.append(output))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = net(four_clips())
+    assert hidden[0].dtype == torch.bfloat16
+    exact = F.relu(hidden[0]).double() @ net.top.weight.double().T + net.top.bias.double()
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-5
 
 
 def test_equal_clips_get_equal_outputs_in_training_and_evaluation_is_deterministic():

@@ -380,23 +380,3 @@ def test_a_dump_without_its_manifest_is_refused(small, tmp_path):
 def test_training_and_scoring_need_no_audio_library():
     code = "import trainer, evaluate, sys; assert not {'librosa', 'soundfile', 'soxr'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_two_processes_train_as_one(small, tmp_path):
-    settings = ["--precision", "float64", "--batch-size", 3, "--epochs", 1]  # 3 steps, of 3, 2 and 3 clips
-    alone = train(small, tmp_path / "alone", *settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    arguments = ["--data", small, "--experiments", tmp_path / "pair", *TINY, *settings]
-    together = subprocess.run(
-        [*command, str(ROOT / "trainer.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert together.returncode == 0, together.stderr
-    assert alone.wait(120) == 0, alone.stderr.read()
-    one, two = (load_checkpoint(tmp_path / where / "paper/last.pt") for where in ("alone", "pair"))
-    assert abs(one["history"][-1]["loss"] - two["history"][-1]["loss"]) < 1e-9
-    for name, weights in one["weights"].items():
-        assert (weights - two["weights"][name]).abs().max() < 1e-9, name

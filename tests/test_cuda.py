@@ -1,0 +1,150 @@
+"""What the scripts do on CUDA GPUs, which the CPU plays (cuda_on_cpu.py)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import trainer
+from conftest import write_dump
+from cuda_on_cpu import played_gpus
+from evaluate import Tagger
+from lib.checkpoint import load_checkpoint
+from lib.common import InputError
+from lib.dump import Dump
+from lib.feeder import Feeder, predict
+from lib.parallel import autocast, choose_device, prepare_device
+from lib.report import Losses
+from model import BatchDropout, MultiScaleCNN
+from test_trainer import TINY, same_checkpoint, without_paths
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_dump(tmp_path_factory.mktemp("small"), n_clips=20)
+
+
+@pytest.mark.parametrize(
+    "n_gpus, local_rank, name, expected",
+    [
+        (0, None, "auto", "cpu"),
+        (1, None, "auto", "cuda:0"),
+        (1, None, "cuda", "cuda:0"),
+        (1, None, "cpu", "cpu"),
+        (2, None, "auto", "cuda:0"),
+        (2, None, "cuda:1", "cuda:1"),
+        (2, "1", "auto", "cuda:1"),
+        (2, "1", "cuda", "cuda:1"),
+    ],
+)
+def test_the_device_that_is_chosen(n_gpus, local_rank, name, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with played_gpus(n_gpus) as gpus:
+        device = choose_device(name)
+        assert str(device) == expected
+        assert gpus.current == (device.index or 0), "PyTorch's own default is another"
+
+
+@pytest.mark.parametrize("n_gpus, local_rank, name", [(0, None, "cuda"), (1, None, "cuda:1"), (1, "1", "auto")])
+def test_a_gpu_that_is_not_there_is_one_line(n_gpus, local_rank, name, monkeypatch):
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with played_gpus(n_gpus), pytest.raises(InputError, match="^--device cuda.*: not available .*ordinal") as error:
+        choose_device(name)
+    assert "\n" not in str(error.value)
+
+
+def test_tf32_is_switched_on_cuda_alone(gpus):
+    before = torch.backends.cuda.matmul.fp32_precision
+    prepare_device(torch.device("cpu"), "float32", tf32=True)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest", "PyTorch raises here once the switch was touched"
+    for tf32, expected in ((True, "tf32"), (False, "ieee")):
+        prepare_device(torch.device("cuda:0"), "float32", tf32)
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_on_a_gpu_resumed_there_and_elsewhere(small, tmp_path, call_script, gpus, precision):
+    def run(name, device, epochs):
+        folders = "--data", small, "--experiments", tmp_path, "--name", name
+        options = "--precision", precision, "--device", device, "--epochs", epochs, "--resume"
+        printed = call_script("trainer.py", *folders, *TINY, *options).stdout
+        return without_paths(load_checkpoint(tmp_path / name / "last.pt")), printed
+
+    whole, printed = run("whole", "auto", 2)
+    assert f"machine    cuda:0, {precision}" in printed
+    run("resumed", "cuda", 1)
+    resumed, _ = run("resumed", "cuda", 2)
+    assert same_checkpoint(whole, resumed), "the GPU's own generator draws the dropout masks"
+    on_cpu, _ = run("resumed", "cpu", 3)
+    back, printed = run("resumed", "cuda:0", 4)
+    assert "resuming   after epoch 3" in printed
+    assert back["history"][:3] == resumed["history"] and back["history"][:4] == on_cpu["history"]
+    assert not same_checkpoint(back["weights"], on_cpu["weights"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+def test_a_gpu_trains_and_scores_as_the_cpu_does(small, tmp_path, call_script, gpus, monkeypatch, precision):
+    monkeypatch.setattr(BatchDropout, "draw_mask", lambda self, n: torch.ones(n, device=self.marker.device))
+    found, results = {}, {}
+    for device in ("cpu", "cuda"):
+        folders = "--data", small, "--experiments", tmp_path, "--name", device
+        call_script("trainer.py", *folders, *TINY, "--device", device, "--precision", precision, "--epochs", 1)
+        assert bool(gpus.n_pinned) == (device == "cuda"), "only what goes to a GPU is pinned"
+        call_script("evaluate.py", *folders, "--device", device, "--resamples", 2)
+        found[device] = without_paths(load_checkpoint(tmp_path / device / "best.pt"))
+        results[device] = json.loads((tmp_path / device / "results.json").read_text())
+        del results[device]["checkpoint"]
+    assert same_checkpoint(*found.values())
+    assert results["cpu"] == results["cuda"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_host_waits_for_the_gpu_neither_in_a_step_nor_in_a_prediction(small, gpus, precision):
+    device, dump = torch.device("cuda:0"), Dump(small)
+    net = MultiScaleCNN(3).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    feeder = Feeder(dump, dump.labels, (np.zeros(128), np.ones(128)), device, getattr(torch, precision))
+    parts = np.split(np.arange(9), 3)
+    losses = Losses(1, len(parts), device)
+    gpus.waits.clear()
+    for rows, batch in zip(parts, feeder.batches(parts), strict=True):
+        losses.append(trainer.training_step(net, optimizer, *batch, len(rows), precision))
+    assert gpus.waits == []
+    losses.mean()
+    assert gpus.waits == ["tolist"]
+    with autocast(device, precision):
+        predict(net, feeder, np.arange(20), batch_size=4)
+    assert gpus.waits == ["tolist", "cpu"]
+
+
+def test_a_tagger_on_a_gpu(small, tmp_path, call_script, gpus):
+    call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0)
+    samples = np.random.RandomState(0).uniform(-1, 1, 40 * 11025)
+    for precision in ("float32", "bfloat16"):
+        on_cpu, on_gpu = (Tagger(tmp_path / "paper/best.pt", device, precision) for device in ("cpu", "auto"))
+        assert str(on_gpu.device) == "cuda:0"
+        assert on_gpu(samples, 11025) == on_cpu(samples, 11025)
+
+
+def test_a_full_gpu_is_one_line_with_the_remedy(small, tmp_path, call_script, gpus, monkeypatch):
+    arguments = "--data", small, "--experiments", tmp_path
+    call_script("trainer.py", *arguments, *TINY, "--epochs", 0)
+    forward = MultiScaleCNN.forward
+
+    def out_of_memory(net, spectrograms):
+        if net.training == in_training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines")
+        return forward(net, spectrograms)
+
+    monkeypatch.setattr(MultiScaleCNN, "forward", out_of_memory)
+    for in_training, script, options in (
+        (True, "trainer.py", [*TINY, "--device", "cuda", "--resume"]),
+        (False, "evaluate.py", ["--device", "cuda"]),
+    ):
+        error = call_script(script, *arguments, *options, status=1).stderr
+        assert error.startswith("error: cuda:0: out of memory; a smaller --batch-size") and error.count("\n") == 1

@@ -1,0 +1,125 @@
+"""Cores, and torchrun's processes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import trainer
+from conftest import ROOT, write_dump
+from lib import parallel
+from lib.checkpoint import load_checkpoint
+from lib.dump import Dump
+from test_trainer import TINY
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_dump(tmp_path_factory.mktemp("small"), n_clips=20)
+
+
+def torchrun(*arguments):
+    """Run a script in two processes of one thread each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize(
+    "script, machine",
+    [(["trainer.py", "--device", "cpu"], "cpu"), (["tests/cuda_on_cpu.py", "trainer.py"], "cuda:0")],
+    ids=["gloo", "nccl"],
+)
+def test_two_processes_train_as_one(small, tmp_path, run_script, script, machine):
+    tiny = [option for option in TINY if option not in ("--device", "cpu")]
+    settings = [*tiny, "--precision", "float64", "--batch-size", 3, "--epochs", 1]  # 3 steps, of 3, 2 and 3 clips
+    arguments = [*script, "--data", small, *settings, "--experiments"]
+    pair = torchrun(*arguments, tmp_path / "pair")
+    assert pair.returncode == 0, pair.stderr
+    assert f"machine    {machine}, float64, 2 process(es)" in pair.stdout and "Warning" not in pair.stderr
+    run_script(*arguments, tmp_path / "alone")
+    one, two = (load_checkpoint(tmp_path / where / "paper/last.pt") for where in ("alone", "pair"))
+    assert abs(one["history"][-1]["loss"] - two["history"][-1]["loss"]) < 1e-9
+    for name, weights in one["weights"].items():
+        assert (weights - two["weights"][name]).abs().max() < 1e-9, name
+
+
+def test_only_the_main_process_reads_the_whole_dump(small, tmp_path, monkeypatch):
+    passed_on = np.full(128, -5, np.float32), np.full(128, 3, np.float32)
+    monkeypatch.setattr(trainer, "from_main_process", lambda compute: passed_on)  # as in the others
+    monkeypatch.setattr(Dump, "band_sums", lambda dump: pytest.fail("it read the dump"))
+    settings = trainer.Settings(data=small, train_size=2, validation_size=3, epochs=0)
+    trainer.train(settings, torch.device("cpu"), torch.float32, tmp_path, saved=None)
+    normalization = load_checkpoint(tmp_path / "best.pt")["normalization"]
+    assert np.array_equal([normalization["mean"], normalization["std"]], passed_on)
+
+
+def test_what_the_main_process_finds_reaches_every_process(tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from lib.common import InputError
+from lib.parallel import from_main_process, is_main_process, joined_processes
+
+def found():
+    assert is_main_process()
+    return 5
+
+def fails():
+    raise InputError("damaged") if is_main_process() else AssertionError
+
+with joined_processes(torch.device("cpu")):
+    assert from_main_process(found) == 5
+    try:
+        from_main_process(fails)
+    except InputError as error:
+        sys.stderr.write(f"caught {{error}}\\n")
+""")
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("caught damaged") == 2
+
+
+def test_one_process_of_several_does_not_evaluate(call_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = call_script("evaluate.py", "--experiments", tmp_path, status=1).stderr
+    assert error == "error: evaluate.py: runs in one process; start it with python instead of torchrun\n"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "no such checkpoint" in call_script("evaluate.py", "--experiments", tmp_path, status=1).stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_a_process_uses_the_cores_that_it_may_use():
+    code = "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from lib.common import n_cores"
+    command = [sys.executable, "-c", f"{code}; print(n_cores())"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
+
+
+def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        for n_cores, expected in ((3, 2), (1, 1)):
+            torch.set_num_threads(2)
+            monkeypatch.setattr(parallel, "n_cores", lambda: n_cores)
+            parallel.prepare_device(torch.device("cpu"), "float32", tf32=True)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "n_processes, n_threads, note", [(4, 1, "1 of its 4 cores; set OMP_NUM_THREADS=4"), (4, 4, ""), (1, 1, "")]
+)
+def test_cores_that_torchrun_leaves_idle_are_noted(n_processes, n_threads, note, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "n_cores", lambda: 16)
+    monkeypatch.setattr(parallel, "n_processes", lambda: n_processes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_processes))
+    parallel.note_idle_cores()
+    printed = capsys.readouterr().out
+    assert note in printed and bool(note) == bool(printed)
