@@ -1,11 +1,14 @@
 """What the tests share: how a script is run, and where the optional real data lies."""
 
 import importlib
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch comes: two tests at a time share two cores
 
 import numpy as np
 import pytest
@@ -71,14 +74,15 @@ def shared():
     return SHARED
 
 
-def write_dump(data, n_clips, seed=0):
-    """Write a complete dump of random spectrograms with three tags into folder `data`, and return it."""
+def write_dump(data, n_clips, n_tags=3, seed=0):
+    """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it."""
     rng = np.random.RandomState(seed)
-    lines = [
-        f"{101 + clip}\t{clip % 2}\t{int(clip % 3 == 0)}\t{int(clip % 5 > 0)}\t{'09cdf'[clip % 5]}/{clip}.mp3"
-        for clip in range(n_clips)
-    ]
-    (data / "tags.csv").write_text("\n".join(["clip_id\tguitar\tflute\tslow\tmp3_path", *lines]))
+    names = ["guitar", "flute", "slow", *(f"tag {tag}" for tag in range(4, n_tags + 1))]
+    lines = ["\t".join(["clip_id", *names, "mp3_path"])]
+    for clip in range(n_clips):
+        tags = clip % 2, clip % 3 == 0, clip % 5 > 0, *(clip % tag == 0 for tag in range(4, n_tags + 1))
+        lines.append("\t".join([str(101 + clip), *(str(int(tag)) for tag in tags), f"{'09cdf'[clip % 5]}/{clip}.mp3"]))
+    (data / "tags.csv").write_text("\n".join(lines))
     annotations = read_annotations(data / "tags.csv")
     plan = plan_dump(data / "tags.csv", annotations, n_chunks=3)
     chunks = divide(data, n_clips, 3)

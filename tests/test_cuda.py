@@ -16,13 +16,15 @@ from lib.dump import Dump
 from lib.feeder import Feeder, predict
 from lib.parallel import autocast, choose_device, prepare_device
 from lib.report import Losses
-from model import BatchDropout, MultiScaleCNN
+from model import BatchDropout, MultiScaleCNN, initialize
 from test_trainer import TINY, same_checkpoint, without_paths
+
+TINY = [*TINY, "--train-size", 4]  # 2 steps
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return write_dump(tmp_path_factory.mktemp("small"), n_clips=20)
+    return write_dump(tmp_path_factory.mktemp("small"), n_clips=14)
 
 
 @pytest.mark.parametrize(
@@ -68,58 +70,55 @@ def test_tf32_is_switched_on_cuda_alone(gpus):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_on_a_gpu_resumed_there_and_elsewhere(small, tmp_path, call_script, gpus, precision):
-    def run(name, device, epochs):
-        folders = "--data", small, "--experiments", tmp_path, "--name", name
-        options = "--precision", precision, "--device", device, "--epochs", epochs, "--resume"
-        printed = call_script("trainer.py", *folders, *TINY, *options).stdout
+def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_script, gpus, precision):
+    def train(name, device, epochs):
+        options = "--name", name, *TINY, "--device", device, "--precision", precision, "--epochs", epochs, "--resume"
+        printed = call_script("trainer.py", "--data", small, "--experiments", tmp_path, *options).stdout
         return without_paths(load_checkpoint(tmp_path / name / "last.pt")), printed
 
-    whole, printed = run("whole", "auto", 2)
+    whole, printed = train("whole", "auto", 2)
     assert f"machine    cuda:0, {precision}" in printed
-    run("resumed", "cuda", 1)
-    resumed, _ = run("resumed", "cuda", 2)
-    assert same_checkpoint(whole, resumed), "the GPU's own generator draws the dropout masks"
-    on_cpu, _ = run("resumed", "cpu", 3)
-    back, printed = run("resumed", "cuda:0", 4)
-    assert "resuming   after epoch 3" in printed
-    assert back["history"][:3] == resumed["history"] and back["history"][:4] == on_cpu["history"]
+    train("parts", "cuda", 1)
+    parts, _ = train("parts", "cuda", 2)
+    assert same_checkpoint(whole, parts), "the dropout masks come from the GPU's own generator"
+    gpus.n_pinned = 0
+    on_cpu, _ = train("parts", "cpu", 3)
+    assert gpus.n_pinned == 0, "what stays on the CPU has no use for pinned memory"
+    back, printed = train("parts", "cuda:0", 4)
+    assert "resuming   after epoch 3" in printed and gpus.n_pinned > 0
+    assert back["history"][:3] == whole["history"] and back["history"][:4] == on_cpu["history"]
     assert not same_checkpoint(back["weights"], on_cpu["weights"])
 
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
-def test_a_gpu_trains_and_scores_as_the_cpu_does(small, tmp_path, call_script, gpus, monkeypatch, precision):
-    monkeypatch.setattr(BatchDropout, "draw_mask", lambda self, n: torch.ones(n, device=self.marker.device))
-    found, results = {}, {}
+    results = []
     for device in ("cpu", "cuda"):
-        folders = "--data", small, "--experiments", tmp_path, "--name", device
-        call_script("trainer.py", *folders, *TINY, "--device", device, "--precision", precision, "--epochs", 1)
-        assert bool(gpus.n_pinned) == (device == "cuda"), "only what goes to a GPU is pinned"
-        call_script("evaluate.py", *folders, "--device", device, "--resamples", 2)
-        found[device] = without_paths(load_checkpoint(tmp_path / device / "best.pt"))
-        results[device] = json.loads((tmp_path / device / "results.json").read_text())
-        del results[device]["checkpoint"]
-    assert same_checkpoint(*found.values())
-    assert results["cpu"] == results["cuda"]
+        options = "--data", small, "--experiments", tmp_path, "--name", "whole", "--device", device, "--resamples", 2
+        call_script("evaluate.py", *options)
+        results.append(json.loads((tmp_path / "whole/results.json").read_text()))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_host_waits_for_the_gpu_neither_in_a_step_nor_in_a_prediction(small, gpus, precision):
-    device, dump = torch.device("cuda:0"), Dump(small)
-    net = MultiScaleCNN(3).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    feeder = Feeder(dump, dump.labels, (np.zeros(128), np.ones(128)), device, getattr(torch, precision))
-    parts = np.split(np.arange(9), 3)
-    losses = Losses(1, len(parts), device)
-    gpus.waits.clear()
-    for rows, batch in zip(parts, feeder.batches(parts), strict=True):
-        losses.append(trainer.training_step(net, optimizer, *batch, len(rows), precision))
-    assert gpus.waits == []
-    losses.mean()
-    assert gpus.waits == ["tolist"]
-    with autocast(device, precision):
-        predict(net, feeder, np.arange(20), batch_size=4)
-    assert gpus.waits == ["tolist", "cpu"]
+def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gpus, monkeypatch, precision):
+    monkeypatch.setattr(BatchDropout, "draw_mask", lambda self, n: torch.ones(n, device=self.marker.device))
+    dump, parts, found = Dump(small), np.split(np.arange(6), 3), {}
+    for device in map(torch.device, ("cpu", "cuda:0")):
+        net = MultiScaleCNN(3)
+        initialize(net, np.random.RandomState(0))
+        net.to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.Adam(net.parameters(), fused=True)
+        feeder = Feeder(dump, dump.labels, (np.zeros(128), np.ones(128)), device, getattr(torch, precision))
+        losses = Losses(1, len(parts), device)
+        gpus.waits.clear()
+        for rows, batch in zip(parts, feeder.batches(parts), strict=True):
+            losses.append(trainer.training_step(net, optimizer, *batch, len(rows), precision))
+        assert gpus.waits == []
+        loss = losses.mean()
+        with autocast(device, precision):
+            probabilities = predict(net, feeder, np.arange(8), batch_size=4)
+        assert gpus.waits == (["tolist", "cpu"] if device.type == "cuda" else [])
+        found[device.type] = {"loss": loss, "probabilities": torch.from_numpy(probabilities)}
+        found[device.type] |= {name: weights.cpu() for name, weights in net.state_dict().items()}
+    assert same_checkpoint(found["cpu"], found["cuda"])
 
 
 def test_a_tagger_on_a_gpu(small, tmp_path, call_script, gpus):

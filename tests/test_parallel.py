@@ -10,8 +10,10 @@ import torch
 
 import trainer
 from conftest import ROOT, write_dump
+from cuda_on_cpu import played_gpus
 from lib import parallel
 from lib.checkpoint import load_checkpoint
+from lib.common import InputError
 from lib.dump import Dump
 from test_trainer import TINY
 
@@ -20,29 +22,24 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return write_dump(tmp_path_factory.mktemp("small"), n_clips=20)
+    return write_dump(tmp_path_factory.mktemp("small"), n_clips=6)
 
 
 def torchrun(*arguments):
-    """Run a script in two processes of one thread each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Run a script in two processes."""
     command = [*TORCHRUN, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
-@pytest.mark.parametrize(
-    "script, machine",
-    [(["trainer.py", "--device", "cpu"], "cpu"), (["tests/cuda_on_cpu.py", "trainer.py"], "cuda:0")],
-    ids=["gloo", "nccl"],
-)
-def test_two_processes_train_as_one(small, tmp_path, run_script, script, machine):
-    tiny = [option for option in TINY if option not in ("--device", "cpu")]
-    settings = [*tiny, "--precision", "float64", "--batch-size", 3, "--epochs", 1]  # 3 steps, of 3, 2 and 3 clips
-    arguments = [*script, "--data", small, *settings, "--experiments"]
-    pair = torchrun(*arguments, tmp_path / "pair")
+@pytest.mark.parametrize("script, device", [(["trainer.py"], "cpu"), (["tests/cuda_on_cpu.py", "trainer.py"], "cuda")])
+def test_two_processes_train_as_one(small, tmp_path, call_script, script, device):
+    sizes = ["--train-size", 4, "--validation-size", 1, "--batch-size", 3]  # 3 clips and then 1, for two processes
+    options = ["--data", small, *TINY, *sizes, "--epochs", 1, "--device", device, "--precision", "float64"]
+    pair = torchrun(*script, *options, "--experiments", tmp_path / "pair")
     assert pair.returncode == 0, pair.stderr
-    assert f"machine    {machine}, float64, 2 process(es)" in pair.stdout and "Warning" not in pair.stderr
-    run_script(*arguments, tmp_path / "alone")
+    assert "float64, 2 process(es)" in pair.stdout and "Warning" not in pair.stderr
+    with played_gpus(n_gpus=1):
+        call_script("trainer.py", *options, "--experiments", tmp_path / "alone")
     one, two = (load_checkpoint(tmp_path / where / "paper/last.pt") for where in ("alone", "pair"))
     assert abs(one["history"][-1]["loss"] - two["history"][-1]["loss"]) < 1e-9
     for name, weights in one["weights"].items():
@@ -53,36 +50,31 @@ def test_only_the_main_process_reads_the_whole_dump(small, tmp_path, monkeypatch
     passed_on = np.full(128, -5, np.float32), np.full(128, 3, np.float32)
     monkeypatch.setattr(trainer, "from_main_process", lambda compute: passed_on)  # as in the others
     monkeypatch.setattr(Dump, "band_sums", lambda dump: pytest.fail("it read the dump"))
-    settings = trainer.Settings(data=small, train_size=2, validation_size=3, epochs=0)
+    settings = trainer.Settings(data=small, train_size=2, validation_size=1, epochs=0)
     trainer.train(settings, torch.device("cpu"), torch.float32, tmp_path, saved=None)
     normalization = load_checkpoint(tmp_path / "best.pt")["normalization"]
     assert np.array_equal([normalization["mean"], normalization["std"]], passed_on)
 
 
-def test_what_the_main_process_finds_reaches_every_process(tmp_path):
-    (tmp_path / "script.py").write_text(f"""
-import sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-from lib.common import InputError
-from lib.parallel import from_main_process, is_main_process, joined_processes
+def test_what_the_main_process_finds_reaches_every_process(monkeypatch):
+    sent = []
 
-def found():
-    assert is_main_process()
-    return 5
+    def broadcast(outcome):
+        outcome[:] = sent if sent else outcome
+        sent[:] = outcome
 
-def fails():
-    raise InputError("damaged") if is_main_process() else AssertionError
+    def fails():
+        raise InputError("damaged") if is_main else AssertionError("only the main one computes")
 
-with joined_processes(torch.device("cpu")):
-    assert from_main_process(found) == 5
-    try:
-        from_main_process(fails)
-    except InputError as error:
-        sys.stderr.write(f"caught {{error}}\\n")
-""")
-    done = torchrun(tmp_path / "script.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("caught damaged") == 2
+    monkeypatch.setattr(parallel, "n_processes", lambda: 2)
+    monkeypatch.setattr(parallel, "is_main_process", lambda: is_main)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for is_main in (True, False):
+        assert parallel.from_main_process(lambda: 5 if is_main else 6) == 5
+    sent.clear()
+    for is_main in (True, False):
+        with pytest.raises(InputError, match="damaged"):
+            parallel.from_main_process(fails)
 
 
 def test_one_process_of_several_does_not_evaluate(call_script, tmp_path, monkeypatch):

@@ -142,9 +142,11 @@ def uninterrupted(small, tmp_path_factory):
 
 
 def train(data, experiments, *more):
+    """Start a trainer of two threads, as on a user's machine, where the tests' own have one."""
     arguments = ["--data", data, "--experiments", experiments, *TINY, *more]
     command = [sys.executable, str(ROOT / "trainer.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_what_an_experiment_leaves(uninterrupted, small):
