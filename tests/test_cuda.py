@@ -1,15 +1,13 @@
 """What the scripts do on CUDA GPUs, which the CPU plays (cuda_on_cpu.py)."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 import trainer
 from conftest import write_dump
 from cuda_on_cpu import played_gpus
-from evaluate import Tagger
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.dump import Dump
@@ -89,12 +87,12 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
     assert back["history"][:3] == whole["history"] and back["history"][:4] == on_cpu["history"]
     assert not same_checkpoint(back["weights"], on_cpu["weights"])
 
-    results = []
-    for device in ("cpu", "cuda"):
-        options = "--data", small, "--experiments", tmp_path, "--name", "whole", "--device", device, "--resamples", 2
-        call_script("evaluate.py", *options)
-        results.append(json.loads((tmp_path / "whole/results.json").read_text()))
-    assert results[0] == results[1]
+    best, dump, rows = load_checkpoint(tmp_path / "whole/best.pt"), Dump(small), np.arange(14)
+    settings = evaluate.Settings(batch_size=4)
+    on_cpu, on_gpu = (
+        evaluate.predict_rows(best, dump, rows, torch.device(name), settings) for name in ("cpu", "cuda:0")
+    )
+    assert np.array_equal(on_cpu, on_gpu)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -125,7 +123,7 @@ def test_a_tagger_on_a_gpu(small, tmp_path, call_script, gpus):
     call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0)
     samples = np.random.RandomState(0).uniform(-1, 1, 40 * 11025)
     for precision in ("float32", "bfloat16"):
-        on_cpu, on_gpu = (Tagger(tmp_path / "paper/best.pt", device, precision) for device in ("cpu", "auto"))
+        on_cpu, on_gpu = (evaluate.Tagger(tmp_path / "paper/best.pt", device, precision) for device in ("cpu", "auto"))
         assert str(on_gpu.device) == "cuda:0"
         assert on_gpu(samples, 11025) == on_cpu(samples, 11025)
 

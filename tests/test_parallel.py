@@ -25,17 +25,25 @@ def small(tmp_path_factory):
     return write_dump(tmp_path_factory.mktemp("small"), n_clips=6)
 
 
-def torchrun(*arguments):
-    """Run a script in two processes."""
-    command = [*TORCHRUN, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+@pytest.mark.parametrize("name, expected", [("cpu", ("gloo", None)), ("cuda:1", ("nccl", torch.device("cuda:1")))])
+def test_the_backend_of_a_device(name, expected, monkeypatch):
+    joined = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args, **options: joined.append((args, options))
+    )
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with parallel.joined_processes(torch.device(name)):
+        (backend,), options = joined.pop()
+    assert (backend, options["device_id"]) == expected, "without its device, NCCL's barrier warns"
 
 
-@pytest.mark.parametrize("script, device", [(["trainer.py"], "cpu"), (["tests/cuda_on_cpu.py", "trainer.py"], "cuda")])
-def test_two_processes_train_as_one(small, tmp_path, call_script, script, device):
+def test_two_processes_train_as_one(small, tmp_path, call_script):
+    """On two GPUs, played by the CPU; NCCL's part is gloo's."""
     sizes = ["--train-size", 4, "--validation-size", 1, "--batch-size", 3]  # 3 clips and then 1, for two processes
-    options = ["--data", small, *TINY, *sizes, "--epochs", 1, "--device", device, "--precision", "float64"]
-    pair = torchrun(*script, *options, "--experiments", tmp_path / "pair")
+    options = ["--data", small, *TINY, *sizes, "--epochs", 1, "--device", "cuda", "--precision", "float64"]
+    command = [*TORCHRUN, "tests/cuda_on_cpu.py", "trainer.py", *options, "--experiments", tmp_path / "pair"]
+    pair = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert pair.returncode == 0, pair.stderr
     assert "float64, 2 process(es)" in pair.stdout and "Warning" not in pair.stderr
     with played_gpus(n_gpus=1):
