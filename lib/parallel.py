@@ -29,7 +29,8 @@ def choose_device(name):
         probe = torch.ones(1, device=name)
         probe.item()  # where PyTorch has no kernels for this GPU, that fails here and not at the first step
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]})") from error
+        fault = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not available ({fault}); --device cpu always is") from error
     if probe.device.type == "cuda":
         torch.cuda.set_device(probe.device)
     return probe.device
