@@ -74,7 +74,8 @@ def network_of(checkpoint, device, precision="checkpoint"):
     dtype = prepare_device(device, precision, trained.get("tf32", True))
     net = MultiScaleCNN(len(checkpoint["tag_names"]))
     net.load_state_dict(checkpoint["weights"])
-    return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
+    with remedy_for_full_gpu(device):
+        return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
 def windows(samples):

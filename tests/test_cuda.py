@@ -130,19 +130,14 @@ def test_a_tagger_on_a_gpu(small, tmp_path, call_script, gpus):
 
 
 def test_a_full_gpu_is_one_line_with_the_remedy(small, tmp_path, call_script, gpus, monkeypatch):
-    arguments = "--data", small, "--experiments", tmp_path
-    call_script("trainer.py", *arguments, *TINY, "--epochs", 0)
-    forward = MultiScaleCNN.forward
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines")
 
-    def out_of_memory(net, spectrograms):
-        if net.training == in_training:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines")
-        return forward(net, spectrograms)
-
-    monkeypatch.setattr(MultiScaleCNN, "forward", out_of_memory)
-    for in_training, script, options in (
-        (True, "trainer.py", [*TINY, "--device", "cuda", "--resume"]),
-        (False, "evaluate.py", ["--device", "cuda"]),
-    ):
-        error = call_script(script, *arguments, *options, status=1).stderr
+    folders = "--data", small, "--experiments", tmp_path
+    call_script("trainer.py", *folders, *TINY, "--epochs", 0)
+    for script, method in (("trainer.py", "train"), ("evaluate.py", "forward"), ("evaluate.py", "to")):
+        options = [*TINY, "--resume"] if script == "trainer.py" else []
+        with monkeypatch.context() as patch:
+            patch.setattr(MultiScaleCNN, method, full)
+            error = call_script(script, *folders, *options, "--device", "cuda", status=1).stderr
         assert error.startswith("error: cuda:0: out of memory; a smaller --batch-size") and error.count("\n") == 1
