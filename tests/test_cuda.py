@@ -22,7 +22,7 @@ TINY = [*TINY, "--train-size", 4]  # 2 steps
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return write_dump(tmp_path_factory.mktemp("small"), n_clips=14)
+    return write_dump(tmp_path_factory.mktemp("small"), n_clips=8)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
     assert back["history"][:3] == whole["history"] and back["history"][:4] == on_cpu["history"]
     assert not same_checkpoint(back["weights"], on_cpu["weights"])
 
-    best, dump, rows = load_checkpoint(tmp_path / "whole/best.pt"), Dump(small), np.arange(14)
+    best, dump, rows = load_checkpoint(tmp_path / "whole/best.pt"), Dump(small), np.arange(8)
     settings = evaluate.Settings(batch_size=4)
     on_cpu, on_gpu = (
         evaluate.predict_rows(best, dump, rows, torch.device(name), settings) for name in ("cpu", "cuda:0")
