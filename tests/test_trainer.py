@@ -1,5 +1,6 @@
 """Training: the original's split and order, what is saved when, resuming, several processes."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -191,10 +192,12 @@ def without_paths(checkpoint):
 
 def stop_after_epoch(process, folder, epoch, how):
     """Send `how` to a trainer in the epoch after `epoch`, and return what it wrote on stderr."""
-    history = folder / "history.csv"
-    while not history.exists() or f"\n{epoch}," not in history.read_text():
+    rows = ""
+    while f"\n{epoch}," not in rows:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.01)
+        with contextlib.suppress(FileNotFoundError):  # not there yet, or just being replaced
+            rows = (folder / "history.csv").read_text()
     time.sleep(0.2)
     process.send_signal(how)
     return process.communicate(timeout=60)[1]
