@@ -1,0 +1,124 @@
+"""Which clips train, validate and test: the original's, the published ones, and what the trainer does with each."""
+
+import gzip
+import hashlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, write_clip_info, write_dump
+from lib.checkpoint import load_checkpoint
+from lib.common import InputError
+from lib.splits import divide_clips, split_by_artist, split_sizes
+from model import MultiScaleCNN, initialize
+from tags import clip_info_of, read_annotations
+from trainer import Settings, split_clips
+
+RECORDED = json.loads((ROOT / "tests/original.json").read_text())
+PARTS = "train", "validation", "test"
+
+
+def sha(rows):
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+
+
+def test_split_and_orders_are_the_originals():
+    rng = np.random.RandomState(1337)
+    initialize(MultiScaleCNN(50), rng)
+    train, validation, test = split_clips(25863, 18000, 2000, rng)
+    expected = RECORDED["split"]["sha256_int64_le"]
+    assert (sha(train), sha(validation), sha(test)) == (expected["train"], expected["val"], expected["test"])
+    orders = {facts["epoch"]: facts["sha256_int64_le"] for facts in RECORDED["train_order_after_epoch"]}
+    for epoch in range(1, 41):
+        rng.shuffle(train)
+        if epoch in orders:
+            assert sha(train) == orders[epoch], f"after epoch {epoch}"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A dump of 30 clips, two of a track, ten of an artist, in folders 0, 9, c, d and f in turn."""
+    return write_clip_info(write_dump(tmp_path_factory.mktemp("clips"), n_clips=30))
+
+
+@pytest.mark.parametrize("split", ["random", "folder", "artist"])
+def test_the_trainer_uses_the_split_that_was_asked_for(clips, tmp_path, call_script, split):
+    options = ["--split", split, "--train-size", 10, "--validation-size", 10, "--epochs", 0, "--seed", 7]
+    place = "--data", clips, "--experiments", tmp_path
+    printed = call_script("trainer.py", "--device", "cpu", *place, *options).stdout
+    clip_ids = load_checkpoint(tmp_path / "paper/best.pt")["clip_ids"]
+    found = {part: set(ids.tolist()) for part, ids in clip_ids.items()}
+    ids = np.load(clips / "ids.npy")
+    if split == "random":
+        rng, order = np.random.RandomState(7), np.arange(30)
+        initialize(MultiScaleCNN(3), rng)
+        rng.shuffle(order)
+        expected = dict(zip(("validation", "test", "train"), (order[:10], order[10:20], order[20:])))
+    elif split == "folder":
+        part_of = {"0": "train", "9": "train", "c": "validation", "d": "test", "f": "test"}
+        parts = np.array([part_of[path[0]] for path in np.load(clips / "mp3_paths.npy")])
+        expected = {part: parts == part for part in PARTS}
+    else:
+        artist_of = {clip: (clip - 101) // 10 for clip in ids.tolist()}
+        assert sorted(len({artist_of[clip] for clip in found[part]}) for part in PARTS) == [1, 1, 1]
+        assert len(set().union(*found.values())) == 30
+        return
+    assert found == {part: set(ids[rows].tolist()) for part, rows in expected.items()}
+    assert (
+        f"{len(found['train'])} training, {len(found['validation'])} validation, {len(found['test'])} test" in printed
+    )
+
+
+def test_the_papers_sizes_on_a_smaller_data_set_keep_their_proportions(capsys):
+    assert split_sizes(25863, 18000, 2000) == (18000, 2000)
+    assert split_sizes(20, 8, 3) == (8, 3)
+    assert capsys.readouterr().out == ""
+    assert split_sizes(2586, 18000, 2000) == (1800, 200)
+    assert "same proportions" in capsys.readouterr().out
+    assert split_sizes(20001, 18000, 2000) == (13920, 1547), "4,534 clips for the test, not 1"
+    assert split_sizes(3, 18000, 2000) == (1, 1)
+    for n_clips, *sizes in ((2, 18000, 2000), (25863, 20000, 5863), (20, 17, 3), (20, 30, 3)):
+        with pytest.raises(InputError, match="--train-size .* choose smaller ones"):
+            split_sizes(n_clips, *sizes)
+
+
+def test_no_artist_is_in_two_parts_and_sizes_are_near():
+    artists = np.random.RandomState(0).zipf(1.5, 2000) % 100
+    parts = split_by_artist(artists, 1400, 150, np.random.RandomState(1))
+    assert sorted(np.concatenate(parts)) == list(range(2000))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not set(artists[parts[one]]) & set(artists[parts[other]])
+    assert abs(len(parts[1]) - 150) <= 5 and abs(len(parts[2]) - 450) <= 5
+    others = split_by_artist(artists, 1400, 150, np.random.RandomState(2))
+    assert set(others[2]) != set(parts[2]), "the generator chooses the artists"
+    assert (np.diff(parts[0]) < 0).any(), "and shuffles the training clips"
+
+
+def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):
+    for name, stored in (("annotations_final", "tags"), ("clip_info_final", "clip_info_final")):
+        (tmp_path / f"{stored}.csv").write_bytes(gzip.decompress((shared / f"mtat/{name}.csv.gz").read_bytes()))
+    annotations = read_annotations(tmp_path / "tags.csv")
+    info = clip_info_of(tmp_path, annotations.ids)
+
+    class Clips(SimpleNamespace):
+        def __len__(self):
+            return len(self.ids)
+
+    def sizes_and_shares(split):
+        """The clips of each part, and the test clips of which track, album and artist are in training too, in %."""
+        rng = np.random.RandomState(1337)
+        clips = Clips(ids=annotations.ids, mp3_paths=annotations.mp3_paths)
+        train, validation, test = divide_clips(Settings(data=tmp_path, split=split), clips, rng).values()
+        assert sorted(np.concatenate([train, validation, test])) == list(range(25863))
+        shares = []
+        for kind in ("track", "album", "artist"):
+            trained_on = {getattr(info[row], kind) for row in train}
+            shares.append(round(100 * np.mean([getattr(info[row], kind) in trained_on for row in test])))
+        return [len(train), len(validation), len(test)], shares
+
+    assert sizes_and_shares("random") == ([18000, 2000, 5863], [95, 100, 100])
+    assert sizes_and_shares("folder") == ([18709, 1825, 5329], [0, 0, 62])
+    sizes, shares = sizes_and_shares("artist")
+    assert shares == [0, 0, 0] and np.abs(np.subtract(sizes, (18000, 2000, 5863))).max() <= 20
