@@ -76,13 +76,17 @@ def shared():
     return SHARED
 
 
-def write_dump(data, n_clips, n_tags=3, seed=0):
-    """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it."""
+def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1):
+    """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it.
+
+    Clips of one track, so many in a row, have the same tags.
+    """
     rng = np.random.RandomState(seed)
     names = ["guitar", "flute", "slow", *(f"tag {tag}" for tag in range(4, n_tags + 1))]
     lines = ["\t".join(["clip_id", *names, "mp3_path"])]
     for clip in range(n_clips):
-        tags = clip % 2, clip % 3 == 0, clip % 5 > 0, *(clip % tag == 0 for tag in range(4, n_tags + 1))
+        track = clip // n_of_a_track
+        tags = track % 2, track % 3 == 0, track % 5 > 0, *(track % tag == 0 for tag in range(4, n_tags + 1))
         lines.append("\t".join([str(101 + clip), *(str(int(tag)) for tag in tags), f"{'09cdf'[clip % 5]}/{clip}.mp3"]))
     (data / "tags.csv").write_text("\n".join(lines))
     annotations = read_annotations(data / "tags.csv")
@@ -99,12 +103,11 @@ def write_dump(data, n_clips, n_tags=3, seed=0):
     return data
 
 
-def write_clip_info(data, n_of_a_track=2, n_of_an_artist=10):
-    """Write the table of the origins of a dump's clips: `n_of_a_track` in a row are of one track. Return `data`."""
-    columns = "clip_id\ttrack_number\ttitle\tartist\talbum\tmp3_path"
-    rows = [
-        f"{clip}\t1\ttitle {row // n_of_a_track}\tartist {row // n_of_an_artist}\talbum {row // 4}\tp"
-        for row, clip in enumerate(np.load(data / "ids.npy"))
-    ]
-    (data / "clip_info_final.csv").write_text("\n".join([columns, *rows]))
+def write_clip_info(data, n_of_a_track=2):
+    """Write the origins of a dump's clips, so many in a row of a track; two tracks an album, two albums an artist."""
+    lines = ["clip_id\ttrack_number\ttitle\tartist\talbum\tmp3_path"]
+    for row, clip in enumerate(np.load(data / "ids.npy")):
+        track = row // n_of_a_track
+        lines.append(f"{clip}\t1\ttitle {track}\tartist {track // 4}\talbum {track // 2}\tp")
+    (data / "clip_info_final.csv").write_text("\n".join(lines))
     return data

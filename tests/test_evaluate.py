@@ -9,31 +9,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import evaluate
-from conftest import write_dump
+from conftest import write_clip_info, write_dump
 from lib.audio import FRONT_END
+from lib.baseline import baseline_predictions
 from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError
 from lib.dump import Dump
 from lib.parallel import autocast
 from lib.tagger import network_of
 from model import MultiScaleCNN, initialize
-from tags import ClipInfo
-
-
-def test_leakage_by_hand():
-    info = [
-        ClipInfo(artist, (artist, album), (artist, album, "1", track))
-        for artist, album, track in ("Aax", "Aay", "Abz", "Bcx", "Aax")
-    ]
-    rng = np.random.RandomState(0)
-    labels = rng.randint(0, 2, (5, 2))
-    found = evaluate.leakage(labels, rng.rand(3, 2), info, rows=np.array([2, 3, 4]), training_rows=np.array([0, 1]))
-    assert found["share_of_track"] == found["share_of_album"] == 1 / 3
-    assert found["share_of_artist"] == 2 / 3
-    assert found["clips_of_other_tracks"] == 2 and np.isnan(found["roc_auc_of_other_tracks"])
 
 
 def test_json_has_no_nan(tmp_path):
@@ -67,12 +57,7 @@ def make_checkpoint(path, n_tags=3, **changes):
 def evaluated(tmp_path_factory):
     """A folder with a dump, a clip table of two clips a track, and an untrained checkpoint for them."""
     folder = write_dump(tmp_path_factory.mktemp("evaluated"), n_clips=40)
-    columns = "clip_id\ttrack_number\ttitle\tartist\talbum\turl\tsegmentStart\tsegmentEnd\toriginal_url\tmp3_path"
-    rows = [
-        f"{101 + clip}\t1\ttitle {clip // 2}\tartist {clip // 20}\talbum {clip // 4}\t\t0\t29\t\tp"
-        for clip in range(40)
-    ]
-    (folder / "clip_info_final.csv").write_text("\n".join([columns, *rows]))
+    write_clip_info(folder)
     make_checkpoint(folder / "best.pt", dump=Dump(folder).fingerprint)
     return folder
 
@@ -115,6 +100,87 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     assert "baseline" not in call_script("evaluate.py", *arguments, "--no-baseline").stdout
     for picture in ("per_tag.png", "correlations.png"):
         assert (evaluated / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def call_evaluate(call_script, monkeypatch):
+    """Return a function that runs evaluate.py on a folder's best.pt, with given predictions of all clips."""
+
+    def call(folder, probabilities, *options):
+        monkeypatch.setattr(evaluate, "predict_rows", lambda checkpoint, dump, rows, *_: probabilities[rows])
+        call_script("evaluate.py", "--data", folder, "--checkpoint", folder / "best.pt", "--device", "cpu", *options)
+        return json.loads((folder / "results.json").read_text())
+
+    return call
+
+
+def test_intervals_group_by_track_and_leakage_is_what_sets_say(tmp_path, call_evaluate):
+    """Four clips of a track that are all alike are worth one, and make the interval twice as wide."""
+    write_dump(tmp_path, n_clips=128, n_of_a_track=4)
+    test = [row for row in range(40, 128) if row not in (40, 44, 60)]
+    rows = {"train": [*range(32), 40, 44, 60], "validation": [*range(32, 40)], "test": test}
+    clip_ids = {part: torch.tensor(some) + 101 for part, some in rows.items()}
+    make_checkpoint(tmp_path / "best.pt", dump=Dump(tmp_path).fingerprint, clip_ids=clip_ids)
+    probabilities = np.random.default_rng(0).random((32, 3)).repeat(4, axis=0)
+
+    def evaluated(n_of_a_track, *options):
+        write_clip_info(tmp_path, n_of_a_track)
+        results = call_evaluate(tmp_path, probabilities, "--no-baseline", *options)["test"]
+        return results, results["roc_auc"]["high"] - results["roc_auc"]["low"]
+
+    by_track, width = evaluated(4)
+    by_clip, narrow = evaluated(1)
+    assert 1.7 < width / narrow < 2.3
+    assert evaluated(4)[1] == width != evaluated(4, "--seed", 2)[1], "the seed draws the resamples"
+    labels = np.load(tmp_path / "tags.npy")[:, [2, 0, 1]]
+    for found, sizes in ((by_track, (4, 8, 16)), (by_clip, (1, 2, 4))):
+        leakage = found["leakage"]
+        for kind, size in zip(("track", "album", "artist"), sizes):
+            trained_on = {row // size for row in rows["train"]}
+            assert leakage[f"share_of_{kind}"] == np.mean([row // size in trained_on for row in test])
+        tracks = {row // sizes[0] for row in rows["train"]}
+        fresh = [row for row in test if row // sizes[0] not in tracks]
+        assert leakage["clips_of_other_tracks"] == len(fresh)
+        assert leakage["roc_auc_of_other_tracks"] == pytest.approx(roc_auc_score(labels[fresh], probabilities[fresh]))
+
+
+def test_the_baseline_is_trained_on_the_training_clips_alone(evaluated, call_evaluate, monkeypatch):
+    predicted, clips_of = [], evaluate.clips_of
+
+    def remembered(*arguments):
+        predicted.append(baseline_predictions(*arguments))
+        return predicted[-1]
+
+    def with_other_test_labels(*arguments):
+        labels, rows_of = clips_of(*arguments)
+        labels[rows_of["test"]] ^= 1
+        return labels, rows_of
+
+    monkeypatch.setattr(evaluate, "baseline_predictions", remembered)
+    probabilities = np.random.default_rng(0).random((40, 3))
+    results = call_evaluate(evaluated, probabilities)
+    clips = np.concatenate([np.load(evaluated / f"spectrograms_{index}.npy") for index in range(3)])
+    features = np.hstack([clips.mean(axis=2, dtype=float), clips.std(axis=2, dtype=float)])
+    labels = np.load(evaluated / "tags.npy")[:, [2, 0, 1]]
+    for tag, label in enumerate(labels.T):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=1000)).fit(
+            features[:20], label[:20]
+        )
+        assert predicted[0][:, tag] == pytest.approx(model.predict_proba(features)[:, 1], abs=1e-4)
+    for part, rows in (("validation", slice(20, 29)), ("test", slice(29, 40))):
+        its, ours = (roc_auc_score(labels[rows], each[rows]) for each in (predicted[0], probabilities))
+        found = results[part]["baseline"]
+        assert found["roc_auc"]["value"] == pytest.approx(its)
+        assert found["network_minus_baseline"]["roc_auc"]["value"] == pytest.approx(ours - its)
+    monkeypatch.setattr(evaluate, "clips_of", with_other_test_labels)
+    assert call_evaluate(evaluated, probabilities)["test"]["roc_auc"] != results["test"]["roc_auc"]
+    assert np.array_equal(*predicted)
+
+
+def test_a_tag_that_never_varies_in_training_has_a_constant_baseline():
+    labels = np.stack([np.arange(60) % 2, np.arange(60) >= 40], axis=1).astype(np.uint8)
+    found = baseline_predictions(np.random.default_rng(0).normal(size=(60, 8)), labels, np.arange(40))
+    assert np.ptp(found[:, 0]) > 0 and (found[:, 1] == 0).all()
 
 
 def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, call_script, tmp_path):
@@ -227,3 +293,14 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(tmp_path):
     assert not victim.exists()
     with zipfile.ZipFile(tmp_path / "payload.pt") as archive:
         assert b"executed" in archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def test_the_clips_that_are_worth_a_listen():
+    labels = np.array([[0], [0], [1], [1], [0]])
+    probabilities = np.array([[0.1], [0.9], [0.2], [0.7], [0.5]])
+    clips = [(clip, f"{clip}.mp3") for clip in range(5)]
+    header, *rows = evaluate.worth_a_listen(clips, ["slow"], labels, probabilities)
+    assert [row[3] for row in rows] == [1, 4, 0, 2, 3]
+    assert dict(zip(header, rows[0])) == {
+        "tag": "slow", "annotators": 0, "network": "0.9000", "clip_id": 1, "mp3_path": "1.mp3"
+    }  # fmt: skip
