@@ -1,0 +1,375 @@
+"""Break the program in one place at a time, and see whether the tests notice. Run by hand; pytest leaves it alone.
+
+Each mutant is a text of the program, its replacement, and the tests that should fail once it is replaced. They run in a
+copy of this checkout, where what they need from outside it (the real clips) is missing, as in a clean clone. Prints a
+table in Markdown; the exit status is 1 if a mutant lives that is not known to be equivalent to the program.
+
+    python tests/mutants.py                           all of them, in about half an hour on 2 cores
+    python tests/mutants.py --only model.py splits    those whose file or text contains one of these words
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lib.common import InputError, Range, n_cores, run, settings_from_command_line
+
+
+@dataclass(frozen=True)
+class Settings:
+    only: tuple[str, ...] = ()  # words, one of which a mutant's file or text has to contain; none: all mutants
+    jobs: Annotated[int, Range(1, 64)] = n_cores()  # mutants tested at a time
+    timeout: Annotated[float, Range(1)] = 600  # seconds after which a mutant counts as noticed: it hangs
+
+
+class Mutant(NamedTuple):
+    file: str
+    tests: list[str]  # files in tests/, or tests in them
+    text: str  # occurs once in the file
+    replacement: str
+    equivalent: str = ""  # why no test can notice
+
+
+def of(file, tests, *replacements):
+    """Return the mutants of one file that the same tests should notice."""
+    return [Mutant(file, tests.split(), *replacement) for replacement in replacements]
+
+
+LOOP = "test_experiment.py::test_the_trainer_does_what_a_plain_loop_does"
+NETWORK = "test_experiment.py::test_the_networks_own_dropout_and_batch_norm_are_the_papers"
+DEFAULTS = "test_experiment.py::test_the_defaults_are_the_originals"
+SPLIT = "test_splits.py::test_the_trainer_uses_the_split_that_was_asked_for"
+RESUMED = "test_trainer.py::test_resuming_in_bfloat16_is_bit_identical"
+FINE_TUNING = "test_trainer.py::test_fine_tuning_begins_with_the_checkpoints_weights"
+TRACKS = "test_evaluate.py::test_intervals_group_by_track_and_leakage_is_what_sets_say"
+BASELINE = "test_evaluate.py::test_the_baseline_is_trained_on_the_training_clips_alone"
+COMPARISON = "test_evaluate.py::test_two_experiments_are_compared_on_clips_that_both_held_out"
+
+MUTANTS = [
+    # ====== the loop ======
+    *of(
+        "trainer.py",
+        LOOP,
+        ('group["lr"] = learning_rate_at(epoch, settings)', "pass"),
+        ("epoch > drop for drop", "epoch >= drop for drop"),
+        ("settings.learning_rate / 10 **", "settings.learning_rate / 2 **"),
+        ("settings.learning_rate, fused", "settings.learning_rate, (0.5, 0.9), fused"),
+        ("settings.learning_rate, fused", "settings.learning_rate, eps=1e-6, fused"),
+        ("settings.learning_rate, fused", "settings.learning_rate, weight_decay=1e-4, fused"),
+        ("(n_clips * targets.shape[1])", "targets.shape[1]"),
+        ("    optimizer.zero_grad()\n", ""),
+        ("        net.train()\n", ""),
+        ('        rng.shuffle(parts["train"])\n', ""),
+        ("    initialize(net, rng)\n", ""),
+        ("torch.manual_seed(settings.seed)", "torch.manual_seed(1337)"),
+        ("np.random.RandomState(settings.seed)", "np.random.RandomState(1337)"),
+        ('settings.normalize_on == "train"', "False"),
+        ('auc = score(parts["validation"])', 'auc = score(parts["test"])'),
+        ('score(parts["test"])', 'score(parts["validation"])'),
+        ("all(auc > past", "all(auc >= past"),
+        ('net.load_state_dict(best["weights"])', "pass"),
+        ("select_tags(dump.labels, dump.tag_names,", "select_tags(1 - dump.labels, dump.tag_names,"),
+    ),
+    *of("lib/report.py", LOOP, ("float(np.mean(self.values))", "self.values[-1]")),
+    *of("lib/splits.py", LOOP, ("for first in range(0, len(train), super_batch_size)", "for first in [0]")),
+    *of(
+        "lib/splits.py", LOOP, ("range(0, len(super_batch), batch_size)", "range(0, len(super_batch) - 1, batch_size)")
+    ),
+    *of(
+        "lib/feeder.py",
+        LOOP,
+        ("    net.eval()\n", ""),
+        ("labels = self.labels[rows]", "labels = self.labels[rows[::-1]]"),
+    ),
+    *of(
+        "trainer.py",
+        DEFAULTS,
+        ("= (20, 30, 35)", "= (20, 30)"),
+        ("epochs: Annotated[int, Range(0)] = 40", "epochs: Annotated[int, Range(0)] = 50"),
+        (" batch_size: Annotated[int, Range(1)] = 32", " batch_size: Annotated[int, Range(1)] = 64"),
+        ("Range(1e-12, 10)] = 0.001", "Range(1e-12, 10)] = 0.01"),
+        ('"train"] = "all"', '"train"] = "train"'),
+    ),
+    # ====== the network ======
+    *of(
+        "model.py",
+        NETWORK,
+        ("BatchDropout(keep_probability=0.6)", "BatchDropout(keep_probability=0.4)"),
+        ("draw_mask(features.shape[1])", "draw_mask(features.numel()).view_as(features)"),
+        (".to(self.marker.dtype) / self.keep_probability", ".to(self.marker.dtype)"),
+        ("momentum=0.01", "momentum=0.99"),
+        ("epsilon=1e-3", "epsilon=1e-5"),
+        (".square().sum(dim=0)) / n_clips", ".square().sum(dim=0)) / (n_clips - 1)"),
+        ("self.running_var.lerp_(var, self.momentum)", "pass"),
+        ("self.running_mean.lerp_(mean, self.momentum)", "pass"),
+    ),
+    *of(
+        "model.py",
+        "test_model.py",
+        ("half = F.avg_pool2d(", "half = F.max_pool2d("),
+        ("F.avg_pool2d(half, (2, 4))", "F.max_pool2d(half, (2, 4))"),
+        ("ConvPool(210, 70, kernel=(3, 3))", "ConvPool(210, 70, kernel=(5, 3))"),
+        ("self.branch1(spectrograms), self.branch2(half)", "self.branch2(half), self.branch1(spectrograms)"),
+        ("F.relu(self.hidden(features))", "self.hidden(features)"),
+        ("weights = 4 * weights", "weights = 2 * weights"),
+        ("[:, :, ::-1, ::-1]", ""),
+        ("np.sqrt(2 / fan_in_and_out)", "np.sqrt(1 / fan_in_and_out)"),
+        ("layer.bias.zero_()", "pass"),
+        ("torch.autocast(hidden.device.type, enabled=False)", "torch.autocast(hidden.device.type)"),
+        ("features = self.dropout(self.batch_norm(features))", "features = self.batch_norm(self.dropout(features))"),
+        (
+            "super().__init__(*layers, nn.ReLU(inplace=True))",
+            "super().__init__(layers[0], nn.ReLU(), *layers[1:])",
+            "both are monotone: the ReLU may come before or after the pooling",
+        ),
+    ),
+    # ====== which clips ======
+    *of(
+        "lib/splits.py",
+        SPLIT,
+        ('(first == "c"), np.flatnonzero(first > "c")', '(first > "c"), np.flatnonzero(first == "c")'),
+        ('if settings.split == "folder"', "if False"),
+        ('if settings.split == "random"', "if True"),
+    ),
+    *of(
+        "lib/splits.py",
+        "test_splits.py",
+        ("    rng.shuffle(rows)\n", ""),
+        (
+            "rows[:validation_size], rows[validation_size:test_end]",
+            "rows[validation_size:test_end], rows[:validation_size]",
+        ),
+        ("rng.permutation(len(names))", "range(len(names))"),
+        ("room[part_of[artist]] -= n_clips_of[artist]", "pass"),
+        ("round(n_clips * validation_size / n_papers)", "round(n_clips * validation_size / train_size)"),
+    ),
+    # ====== saving and going on ======
+    *of(
+        "lib/checkpoint.py",
+        RESUMED,
+        ('optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})', "pass"),
+        ('    train[:] = state["train_order"].numpy()\n', ""),
+        ('torch.set_rng_state(state["torch_rng"])', "pass"),
+        ('    net.load_state_dict(saved["weights"])\n', ""),
+    ),
+    *of(
+        "lib/checkpoint.py",
+        "test_trainer.py::test_more_epochs_are_the_same_experiment",
+        (
+            '{**optimizer.state_dict(), "state": state["optimizer"]["state"]}',
+            'state["optimizer"]',
+            "the trainer sets the learning rate of every epoch, and the other settings are constants",
+        ),
+    ),
+    *of(
+        "lib/checkpoint.py",
+        FINE_TUNING,
+        ("    net.load_state_dict(weights, strict=same_tags)\n", ""),
+        ('for part in ("train", "validation")', 'for part in ("train",)'),
+    ),
+    *of("trainer.py", FINE_TUNING, ("    if source:\n        mean, std", "    if saved:\n        mean, std")),
+    *of(
+        "lib/experiment.py",
+        "test_trainer.py",
+        ('save(folder / "best.pt", {', 'save(folder / "other.pt", {'),
+        ("require_same_hyperparameters(saved, settings, last)", "pass"),
+    ),
+    # ====== spectrograms and the dump ======
+    *of(
+        "lib/audio.py",
+        "test_spectrograms.py",
+        ('"hop_length": 512', '"hop_length": 511'),
+        ('"floor": 1e-20', '"floor": 1e-10'),
+        ("torch.hann_window(N_FFT, dtype", "torch.hann_window(N_FFT, periodic=False, dtype"),
+        (
+            "samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]",
+            "0 * samples[half:0:-1], samples, 0 * samples[-2 : -half - 2 : -1]",
+        ),
+        ("spectrum.real.square() + spectrum.imag.square()", "spectrum.abs()"),
+        (
+            "mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS,",
+            "mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, htk=True,",
+        ),
+        ("np.divide(mono, file.channels, out=mono)", "mono"),
+        ('quality="HQ"', 'quality="LQ"'),
+    ),
+    *of(
+        "lib/dump.py",
+        "test_spectrograms.py",
+        ("axis=0) / n_values - mean**2", "axis=0) / n_values"),
+        ("np.divide(target, std[:, None], out=target)", "pass"),
+        ("divmod(row, len(self.chunks[0]))", "divmod(row, len(self.chunks[0]))[0], 0"),
+    ),
+    *of(
+        "gen_spectrograms.py",
+        "test_spectrograms.py",
+        ("if samples is None else log_mel(samples)", "if samples is None else 2 * log_mel(samples)"),
+        ("for row in chunk.rows[writer.n_done :]", "for row in chunk.rows[writer.n_done + 1 :]"),
+    ),
+    # ====== tags ======
+    *of(
+        "tags.py",
+        "test_tags.py",
+        ("np.maximum(target, labels[:, column], out=target)", "target[:] = labels[:, column]"),
+        ("group_name = {name: group[0]", "group_name = {name: group[-1]"),
+        ("np.argsort(-labels.sum", "np.argsort(labels.sum"),
+        ('kind="stable")[:n_tags]', 'kind="stable")[1 : n_tags + 1]'),
+        ('"no voices", "instrumental")', '"no voices")'),
+        ("(artist, album, number, title))", "(artist, title))"),
+    ),
+    # ====== scores ======
+    *of(
+        "lib/scores.py",
+        "test_scores.py",
+        ("default_rng(seed)", "default_rng(0)"),
+        ("[2.5, 97.5]", "[5, 95]"),
+        ("np.diff(scores[order], append=-np.inf)", "np.ones(len(order))"),
+        ("np.nanmean(per_tag, axis=-1)", "np.nanmedian(per_tag, axis=-1)"),
+        ("self.resampled - other.resampled", "self.resampled"),
+        ("np.argsort(-probabilities, axis=1", "np.argsort(probabilities, axis=1"),
+        ("names, groups = np.unique(groups, return_inverse=True)", "names = groups = np.arange(len(groups))"),
+    ),
+    *of(
+        "evaluate.py",
+        TRACKS,
+        ("if info else dump.ids  #", "if False else dump.ids  #"),
+        ("groups, settings.resamples, settings.seed)\n    result", "groups, settings.resamples, 1337)\n    result"),
+        ("for row in training_rows}", "for row in rows}"),
+        ('fresh = ~shared["track"]', 'fresh = shared["track"]'),
+    ),
+    *of(
+        "evaluate.py",
+        BASELINE,
+        ('labels, rows_of["train"]) if settings.baseline', 'labels, rows_of["test"]) if settings.baseline'),
+        ("ours.minus(its)", "its.minus(ours)"),
+        ("baseline[rows], groups", "probabilities, groups"),
+    ),
+    *of(
+        "evaluate.py",
+        COMPARISON,
+        ("difference = ours.minus(theirs)", "difference = theirs.minus(ours)"),
+        ("n_test_clips_seen(checkpoint, other) + n_test_clips_seen(other, checkpoint)", "0"),
+    ),
+    *of("evaluate.py", "test_evaluate.py", ("np.abs(values[candidates] - annotated)", "np.abs(values[candidates])")),
+    *of(
+        "lib/baseline.py", BASELINE, ("BASELINE_C = 0.03", "BASELINE_C = 1"), ("fit(features[train])", "fit(features)")
+    ),
+    # ====== music ======
+    *of(
+        "lib/tagger.py",
+        "test_tagger.py",
+        ("np.linspace(0, excess, n_windows)", "np.linspace(0, excess / 2, n_windows)"),
+        ("max(0, excess - HOP_LENGTH)", "max(0, excess)"),
+        (".mean(axis=0)\n        return", ".max(axis=0)\n        return"),
+        ("(spectrograms - self.mean) / self.std", "(spectrograms - self.mean)"),
+    ),
+    *of(
+        "lib/library.py",
+        "test_library.py test_tagger.py",
+        ("if str(file) not in done", "if True"),
+        ("rows_to_keep(table, header, stamps, checkpoint) if table.exists() else []", "[]"),
+        ("row[-4:-2] == stamps.get(row[0], row[-4:-2])", "True"),
+    ),
+    # ====== several processes ======
+    *of(
+        "lib/parallel.py",
+        "test_parallel.py::test_two_processes_train_as_one",
+        ("    backward = forward\n", "    @staticmethod\n    def backward(ctx, gradient):\n        return gradient\n"),
+        ("gradient.copy_(summed.view(gradient.shape))", "pass"),
+    ),
+]
+
+
+def main():
+    settings = settings_from_command_line(Settings, __doc__)
+    for file, _, text, *_ in MUTANTS:
+        if (n := (ROOT / file).read_text(encoding="utf-8").count(text)) != 1:
+            raise InputError(f"{file}: has {n} places with {text!r}; a mutant needs one, so write this one anew")
+    chosen = [
+        one for one in MUTANTS if not settings.only or any(word in f"{one.file} {one.text}" for word in settings.only)
+    ]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copies = SimpleQueue()
+        for number in range(settings.jobs):
+            copies.put(copy_of_checkout(Path(folder) / str(number)))
+        require_passing_tests(copies, chosen, settings.timeout)
+        print("| file | text | replacement | outcome |\n|---|---|---|---|")
+        tally = Counter()
+        with ThreadPoolExecutor(settings.jobs) as pool:
+            outcomes = pool.map(lambda mutant: outcome_of(mutant, copies, settings.timeout), chosen)
+            for mutant, outcome in zip(chosen, outcomes):
+                tally[outcome] += 1
+                cells = mutant.file, code(mutant.text), code(mutant.replacement), outcome
+                print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\n{', '.join(f'{n} {outcome}' for outcome, n in tally.items())}")
+    return 1 if tally["ALIVE"] else 0
+
+
+def copy_of_checkout(folder):
+    """Copy what git tracks, as it is now, and return the folder."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, files.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def passes(folder, tests, timeout):
+    """Return whether the tests pass in a copy; one that does not end does not. Raises InputError if there are none."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{test}" for test in tests),
+    ]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode not in (0, 1, 2):  # 1: a test failed, 2: a file could not even be imported
+        raise InputError(f"{' '.join(tests)}: {done.stdout.splitlines()[-1]}")
+    return done.returncode == 0
+
+
+def require_passing_tests(copies, mutants, timeout):
+    """Raise InputError if the program as it is fails one of the mutants' tests, which would then prove nothing."""
+    folder = copies.get()
+    for tests in sorted({test for mutant in mutants for test in mutant.tests}):
+        if not passes(folder, [tests], timeout):
+            raise InputError(f"{tests}: fails although nothing is broken; mend that first")
+    copies.put(folder)
+
+
+def outcome_of(mutant, copies, timeout):
+    """Return what became of a mutant in one of the copies, which is as it was afterwards."""
+    folder = copies.get()
+    original = (folder / mutant.file).read_text(encoding="utf-8")
+    (folder / mutant.file).write_text(original.replace(mutant.text, mutant.replacement), encoding="utf-8")
+    lives = passes(folder, mutant.tests, timeout)
+    (folder / mutant.file).write_text(original, encoding="utf-8")
+    copies.put(folder)
+    return ("equivalent" if mutant.equivalent else "ALIVE") if lives else "died"
+
+
+def code(text):
+    return "`" + " ".join(text.split()).replace("|", "\\|") + "`"
+
+
+if __name__ == "__main__":
+    run(main)
