@@ -6,12 +6,10 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 import zipfile
 
 import http_server as web
@@ -26,15 +24,14 @@ RNG = random.Random(0)
 CLIPS = {f"{folder}/clip{number}.mp3": RNG.randbytes(70_000) for folder in "09f" for number in range(2)}
 CLIPS["6/silent.mp3"] = b""  # as three of MagnaTagATune's are
 TABLES = {"annotations_final.csv": b"clip_id\ttag\n1\t0\n", "clip_info_final.csv": b"clip_id\ttitle\n1\tx\n"}
-PAGE = b"<html>the server is being looked after</html>"
 UNTIL = 30  # seconds that a test waits for what has to happen
 
 
-def make_zip(members, compression=zipfile.ZIP_STORED):
+def make_zip(members):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            archive.writestr(zipfile.ZipInfo(name), content, compression)  # the same bytes at any time
+            archive.writestr(zipfile.ZipInfo(name), content)  # the same bytes at any time
     return buffer.getvalue()
 
 
@@ -148,31 +145,27 @@ def test_goes_on_after_a_kill(client, server):
     assert server.ranges("annotations_final.csv") == [None]
 
 
-@pytest.mark.parametrize("then", [web.close, web.hang])
-def test_goes_on_after_a_broken_connection(client, server, then):
-    server.tricks[PART] = [web.stop_after(CHUNK + 9, then)]
+def test_goes_on_after_connections_that_break_or_hang(client, server):
+    server.tricks[PART] = [web.stop_after(CHUNK + 9), web.stop_after(CHUNK + 9, web.hang)]
     client.run(server.url, timeout=1)
     client.assert_complete()
-    assert server.ranges(PART) == [None, f"bytes={CHUNK}-"]
+    assert server.ranges(PART) == [None, f"bytes={CHUNK}-", f"bytes={2 * CHUNK}-"]
 
 
-def test_starts_over_after_a_bad_answer(client, server):
+def test_a_bad_answer_leaves_nothing(client, server):
     """All of them in a row; had one left anything, the next request would ask for a range."""
     server.tricks[PART] = [
-        lambda handler, content: web.close(handler),
         web.answer(200),
-        web.answer(200, FILE[:-1]),
         web.answer(200, FILE[:-1], length=False),
         web.answer(200, FILE + b"x"),
-        web.answer(200, FILE + b"x", length=False),
-        web.answer(200, PAGE, Content_Type="text/html; charset=utf-8"),
-        web.answer(200, PAGE, Content_Type="text/plain"),
+        web.answer(200, b"<html>", Content_Type="text/html; charset=utf-8"),
         web.answer(503),
+        web.answer(302, Location="http://[::1"),
         web.answer(302, Location=f"/moved/{PART}"),
     ]
     client.run(server.url, attempts=10, pause=0)
     client.assert_complete()
-    assert server.ranges(PART) == [None] * 11  # the redirect makes two of one attempt
+    assert server.ranges(PART) == [None] * 8  # the redirect makes two of one attempt
 
 
 @pytest.mark.parametrize(
@@ -180,13 +173,11 @@ def test_starts_over_after_a_bad_answer(client, server):
     [
         (FILE[:1000], [web.ignore_range], []),
         (FILE[:1000], [web.answer(206, FILE[:10], Content_Range=f"bytes 0-9/{len(FILE)}")], [None]),
-        (FILE[:1000], [web.answer(200, PAGE, Content_Type="text/html")], ["bytes=1000-"]),
+        (FILE[:1000], [web.answer(200, b"<html>", Content_Type="text/html")], ["bytes=1000-"]),
         (FILE, [], []),  # the server answers with 416
         (bytes(1000), [], [None]),
-        (bytes(len(FILE)), [], [None]),
-        (bytes(1_000_000), [], [None]),
     ],
-    ids="range-ignored other-range web-page killed-before-renaming other-begun other-complete other-too-long".split(),
+    ids="range-ignored other-range web-page killed-before-renaming other-begun".split(),
 )
 def test_goes_on_with_what_was_begun(client, server, begun, tricks, others):
     put(client.data, {f"{PART}.partial": begun})
@@ -196,46 +187,24 @@ def test_goes_on_with_what_was_begun(client, server, begun, tricks, others):
     assert server.ranges(PART) == [f"bytes={len(begun)}-", *others]
 
 
-@pytest.mark.parametrize(
-    "trick, then_asked",
-    [
-        (web.stop_after(CHUNK + 9), f"bytes={CHUNK}-"),
-        (web.answer(404), None),
-        (web.answer(302, Location="http://[::1"), None),
-        (web.answer(302, Location="/\xff"), None),
-    ],
-    ids=["broken-off", "not-found", "address-without-end", "address-not-utf-8"],
-)
-def test_second_host_goes_on_where_the_first_failed(client, server, trick, then_asked):
+def test_the_second_host_goes_on_where_the_first_failed(client, server):
     with web.Server(FILES) as first:
-        first.tricks[PART] = [trick]
+        first.tricks[PART] = [web.stop_after(CHUNK + 9)]
         client.run(first.url, server.url)
-        assert first.ranges(PART) == [None]
     client.assert_complete()
-    assert server.ranges(PART) == [then_asked]
-
-
-def test_pauses(monkeypatch, tmp_path, server):
-    """They double up to a minute."""
-    paused = []
-    monkeypatch.setattr("get_data.time.sleep", paused.append)
-    server.tricks[PART] = [web.answer(503)] * 8
-    settings = get_data.Settings(data=tmp_path, hosts=(server.url,), attempts=9)
-    get_data.fetch_file(settings, PART, md5(FILE))
-    assert paused == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert server.ranges(PART) == [f"bytes={CHUNK}-"]
 
 
 def test_no_host_delivers(client, server, nobody):
     server.tricks[PART] = [web.answer(500)] * 3
     line = client.error(nobody, server.url)
-    assert "Connection refused" in line and "500 Internal Server Error" in line
-    for told in (PART, nobody + PART, str(client.data), SUMS[PART]):
+    for told in ("Connection refused", "500 Internal Server Error", nobody + PART, str(client.data), SUMS[PART]):
         assert told in line
     client.run(server.url)  # as the line says: later
     client.assert_complete()
 
 
-@pytest.mark.parametrize("name", ["mp3.zip.002", "annotations_final.csv", "tags.csv"])
+@pytest.mark.parametrize("name", ["mp3.zip.002", "tags.csv"])
 def test_another_file_put_there_by_hand(client, server, name):
     put(client.data, {name: b"mine"})
     line = client.error(server.url)
@@ -243,14 +212,10 @@ def test_another_file_put_there_by_hand(client, server, name):
     assert (client.data / name).read_bytes() == b"mine"
 
 
-def test_md5sums_without_one_of_the_files(client, server):
+def test_a_host_that_is_no_address_or_sums_without_a_file_are_one_line(client):
+    assert client.error("a.b/").startswith("error: --hosts takes")
     client.md5sums.write_text(client.md5sums.read_text().replace("mp3.zip.002", "mp3.zip.02"))
-    assert "mp3.zip.002" in client.error(server.url)
-
-
-@pytest.mark.parametrize("hosts", [["--hosts"], ["--hosts", "a.b/"]])
-def test_hosts_that_are_no_addresses(call_script, tmp_path, hosts):
-    assert call_script("get_data.py", "--data", tmp_path, *hosts, status=1).stderr.startswith("error: --hosts takes")
+    assert "mp3.zip.002" in client.error("http://127.0.0.1:9/")
 
 
 @pytest.mark.parametrize(
@@ -266,16 +231,6 @@ def test_disk_full(client, server, there, limit, named):
     client.run(server.url)
     client.assert_complete()
     assert server.ranges(PART) == ([] if there else [None, f"bytes={limit}-"])
-
-
-def test_disk_space(tmp_path, monkeypatch):
-    """A disk with 1000 bytes too few suffices once 1000 are there."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=8_910_000_000 - 1000))
-    with pytest.raises(InputError, match="has 8.910 GB free, 8.910 are needed"):
-        get_data.require_disk_space(tmp_path)
-    (tmp_path / "0").mkdir()
-    put(tmp_path, {f"{PART}.partial": bytes(500), "0/a.mp3": bytes(500)})
-    get_data.require_disk_space(tmp_path)
 
 
 def test_unpacking_files_put_there_by_hand_goes_on_after_a_kill(client, nobody):
@@ -297,7 +252,7 @@ def test_unpacking_files_put_there_by_hand_goes_on_after_a_kill(client, nobody):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-@pytest.mark.parametrize("member", ["../x", "0/../../x", "/x", "."])
+@pytest.mark.parametrize("member", ["0/../../x", "/x"])
 def test_member_that_would_leave_the_folder(client, member):
     put(client.data, make_files(make_zip(CLIPS | {member: b"/etc"})))
     with pytest.raises(InputError, match=re.escape(repr(member))):
@@ -305,31 +260,22 @@ def test_member_that_would_leave_the_folder(client, member):
     assert {path.name for path in client.data.parent.iterdir()} == {"data", "md5sums"}
 
 
-DIRECTORY = make_zip(CLIPS).index(b"PK\x01\x02")
+def flipped(archive, where):
+    return archive[:where] + bytes([archive[where] ^ 0xFF]) + archive[where + 1 :]
 
 
-def damaged(where, compression=zipfile.ZIP_STORED, flip=0xFF):
-    archive = bytearray(make_zip(CLIPS, compression))
-    archive[where] ^= flip
-    return bytes(archive)
+WHOLE = make_zip(CLIPS)
+DAMAGED = {
+    "clip": flipped(WHOLE, 5000),
+    "directory": flipped(WHOLE, WHOLE.index(b"PK\x01\x02")),
+    "cut off": WHOLE[:-100],
+    "no zip": b"<html>",
+}
 
 
-@pytest.mark.parametrize(
-    "archive",
-    {
-        "clip": damaged(5000),
-        "compressed clip": damaged(41, zipfile.ZIP_DEFLATED),  # the first byte after the member's header
-        "directory": damaged(DIRECTORY),
-        "encrypted": damaged(DIRECTORY + 8),  # a member's flags
-        "method": damaged(DIRECTORY + 10, flip=zipfile.ZIP_BZIP2),
-        "directory's place": damaged(-3),
-        "cut off": make_zip(CLIPS)[:-100],
-        "no zip": b"<html>",
-    }.items(),
-    ids=lambda item: item[0],
-)
+@pytest.mark.parametrize("archive", DAMAGED)
 def test_damaged_archive(tmp_path, archive):
-    put(tmp_path, make_files(archive[1]))
+    put(tmp_path, make_files(DAMAGED[archive]))
     with pytest.raises(InputError, match="damaged archive"):
         get_data.unpack(tmp_path)
     assert not list(tmp_path.glob("0/*"))  # neither the clip nor half of it
