@@ -30,20 +30,9 @@ def test_reads_magnatagatunes_format(tmp_path):
     assert paths == ["a/7.mp3", "b/3.mp3"]
 
 
-@pytest.mark.parametrize(
-    "harmless",
-    [
-        lambda text: "\ufeff" + text,
-        lambda text: text.replace("\r\n", "\n"),
-        lambda text: text.replace('"', ""),
-        lambda text: text + "\r\n",
-        lambda text: text.removesuffix("\r\n"),
-    ],
-    ids=["byte-order mark", "LF", "no quotes", "empty line at the end", "no line end at the end"],
-)
-def test_accepts_what_is_harmless(tmp_path, harmless):
+def test_quotes_line_ends_and_a_byte_order_mark_are_optional(tmp_path):
     expected = read_annotations(written(tmp_path, TABLE))
-    found = read_annotations(written(tmp_path, harmless(TABLE)))
+    found = read_annotations(written(tmp_path, "\ufeff" + TABLE.replace("\r\n", "\n").replace('"', "") + "\n"))
     assert all(np.array_equal(a, b) for a, b in zip(expected, found))
 
 
@@ -55,12 +44,9 @@ def test_accepts_what_is_harmless(tmp_path, harmless):
         (TABLE.replace('"3"', '"7"'), "line 3: clip 7 is there already, on line 2"),
         (TABLE.replace('"3"', '"x"'), "line 3: clip_id is 'x'"),
         (TABLE.replace('"b/3.mp3"', '""'), "line 3: clip 3 has no mp3_path"),
-        (TABLE.replace("b/3.mp3", "b/3\0mp3"), "line 3: clip 3 has no mp3_path"),
         (TABLE.split("\r\n", 1)[1], "line 1: no header"),
-        (TABLE.split("\r\n", 1)[0], "a header and no clips"),
         (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a name of its own ('guitar')"),
         (TABLE.encode() + b'"\xff\xfe"', "not a tab-separated text table"),
-        (TABLE + '"5', "not a tab-separated text table"),
         ("", "empty"),
     ],
 )
@@ -91,8 +77,8 @@ def test_top_tags_fall_in_count_and_keep_the_order_of_equals():
 
 def test_there_are_29_groups_and_no_tag_in_two():
     names = [name for group in SYNONYMS for name in group]
-    assert len(SYNONYMS) == 29 and len(set(names)) == len(names)
-    assert "female vocal" not in names
+    assert len(SYNONYMS) == 29 and len(set(names)) == len(names) == 82
+    assert "female vocal" not in names and "instrumental" in names
 
 
 def test_the_real_annotations_give_the_originals_50_tags(shared, tmp_path):
@@ -124,8 +110,3 @@ def test_the_script_prints_the_tags(run_script, tmp_path):
     assert "2 clips, 3 tags" in lines[0]
     assert [line.split() for line in lines[1:3]] == [["1", "guitar", "1", "50.0%"], ["2", "no", "beat", "1", "50.0%"]]
     assert run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr.count("\n") == 1
-
-
-def test_unknown_option_and_wrong_type_are_named(run_script):
-    for arguments in (["--n-tgas", "3"], ["--n-tags", "three"], ["stray"]):
-        assert arguments[0] in run_script("tags.py", *arguments, status=2).stderr
