@@ -47,7 +47,7 @@ def of(file, tests, *replacements):
 
 
 LOOP = "test_experiment.py::test_the_trainer_does_what_a_plain_loop_does"
-NETWORK = "test_experiment.py::test_the_networks_own_dropout_and_batch_norm_are_the_papers"
+NETWORK = "test_model.py::test_the_networks_own_dropout_and_batch_norm_are_the_papers"
 DEFAULTS = "test_experiment.py::test_the_defaults_are_the_originals"
 SPLIT = "test_splits.py::test_the_trainer_uses_the_split_that_was_asked_for"
 RESUMED = "test_trainer.py::test_resuming_in_bfloat16_is_bit_identical"

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import ROOT
 from lib.parallel import keep_freed_memory
-from model import BatchDropout, ConvPool, FeatureBatchNorm, MultiScaleCNN, initialize
+from model import MultiScaleCNN, initialize
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
 
@@ -77,29 +77,18 @@ def test_five_adam_steps_equal_the_recorded_ones():
     assert np.abs(found - recorded["probabilities_of_forward_eval_input_after_step5"]).max() < 1e-6
 
 
-def test_batch_norm_keeps_the_biased_variance():
-    features = torch.tensor([[1.0], [3.0]])
-    layer = FeatureBatchNorm(1)
-    out = layer(features)
-    assert torch.allclose(layer.running_var, torch.tensor([0.99 + 0.01 * 1.0]))
-    assert torch.allclose(layer.running_mean, torch.tensor([0.02]))
-    assert torch.allclose(out, torch.tensor([[-1.0], [1.0]]) / np.sqrt(1 + 1e-3))
-
-
-def test_pooling_before_the_relu_is_the_same_function():
-    layer = ConvPool(1, 5, kernel=(3, 7), pool=(2, 4))
-    clips = torch.randn(2, 1, 16, 30)
-    convolution, pool, relu = layer
-    assert torch.equal(layer(clips), pool(relu(convolution(clips))))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_mask_serves_the_batch_and_keeps_six_in_ten(dtype):
+def test_the_networks_own_dropout_and_batch_norm_are_the_papers():
+    net = MultiScaleCNN(50)
     torch.manual_seed(0)
-    mask = BatchDropout(0.6).to(dtype).draw_mask(100_000)
-    assert mask.shape == (100_000,)
-    assert set(mask.tolist()) == {0.0, torch.tensor(1 / 0.6, dtype=dtype).item()}
-    assert abs((mask > 0).float().mean() - 0.6) < 0.01
+    features = net.train().dropout(torch.ones(3, 100_000))
+    assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2]), "one mask for the batch"
+    assert abs((features[0] > 0).double().mean() - 0.6) < 0.01 and features.max() == torch.tensor(1 / 0.6)
+    features = torch.cat([torch.ones(5040), 3 * torch.ones(5040)]).reshape(2, 5040)
+    out = net.batch_norm(features)
+    assert torch.allclose(out[1], torch.tensor(1 / np.sqrt(1 + 1e-3), dtype=torch.float32))
+    assert torch.allclose(net.batch_norm.running_mean, torch.tensor(0.01 * 2))
+    assert torch.allclose(net.batch_norm.running_var, torch.tensor(0.99 + 0.01 * 1.0)), "of the biased variance, 1"
+    assert torch.equal(net.eval().dropout(out), out)
 
 
 def test_in_bfloat16_the_last_layer_computes_in_float32():
@@ -111,16 +100,6 @@ def test_in_bfloat16_the_last_layer_computes_in_float32():
     exact = F.relu(hidden[0]).double() @ net.top.weight.double().T + net.top.bias.double()
     assert logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 1e-5
-
-
-def test_equal_clips_get_equal_outputs_in_training_and_evaluation_is_deterministic():
-    net, clips = network(), four_clips()
-    clips[1] = clips[0]
-    net.train()
-    first, second, *_ = net(clips).detach()
-    assert torch.allclose(first, second, atol=1e-6)
-    assert not torch.equal(net(clips).detach()[0], first), "the mask is drawn anew each step"
-    assert np.array_equal(probabilities(net, clips), probabilities(net, clips))
 
 
 def test_the_script_prints_the_network(run_script):

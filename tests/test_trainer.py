@@ -10,14 +10,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, write_dump
 from lib.checkpoint import load_checkpoint, save
-from lib.common import InputError
-from lib.dump import Dump, band_normalization
+from lib.dump import Dump
 from lib.experiment import MAY_DIFFER
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
@@ -55,18 +53,10 @@ def test_what_an_experiment_leaves(uninterrupted, small):
     assert [row["epoch"] for row in history] == ["0", "1", "2", "3"]
     assert [float(row["learning_rate"]) for row in history[1:]] == [1e-4, 1e-4, 1e-5]
     assert json.loads((folder / "hyperparameters.json").read_text())["batch_size"] == 2
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     best = load_checkpoint(folder / "best.pt")
-    scores = [float(row["validation_roc_auc"]) for row in history]
-    chosen = scores.index(max(scores))
-    assert best["history"][-1]["epoch"] == chosen
-    assert f"best validation ROC-AUC {max(scores):.4f} (epoch {chosen}), test ROC-AUC" in printed
     assert "0.904" in printed and "0.900" in printed and "not comparable" in printed
     assert "all there are; 50 were asked for" in printed
     dump = Dump(small)
-    mean, std = band_normalization(*dump.band_sums())
-    assert np.array_equal(best["normalization"]["mean"].numpy(), mean)
-    assert np.array_equal(best["normalization"]["std"].numpy(), std)
     assert sorted(torch.cat(list(best["clip_ids"].values())).tolist()) == sorted(dump.ids.tolist())
     assert best["front_end"] == dump.front_end and best["tag_names"] == ["slow", "guitar", "flute"]
 
@@ -221,9 +211,3 @@ def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_
     assert "validation ROC-AUC undefined (epoch 1), test ROC-AUC undefined" in done.stdout
     done = call_script("evaluate.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path)
     assert "ROC-AUC            undefined" in done.stdout and "nan" not in done.stdout
-
-
-def test_a_dump_without_its_manifest_is_refused(small, tmp_path):
-    shutil.copytree(small, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dump.json"))
-    with pytest.raises(InputError, match="no complete dump here; run gen_spectrograms.py"):
-        Dump(tmp_path)
