@@ -2,26 +2,21 @@
 
 import hashlib
 import io
-import os
 import random
 import re
 import resource
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 
 import http_server as web
 import pytest
 
 import get_data
-from lib.common import ROOT, InputError
+from lib.common import InputError
 
 PART = "mp3.zip.001"
 CHUNK = get_data.CHUNK
 RNG = random.Random(0)
-CLIPS = {f"{folder}/clip{number}.mp3": RNG.randbytes(70_000) for folder in "09f" for number in range(2)}
+CLIPS = {f"{folder}/clip{number}.mp3": RNG.randbytes(70_000) for folder in "09f" for number in range(3)}
 CLIPS["6/silent.mp3"] = b""  # as three of MagnaTagATune's are
 TABLES = {"annotations_final.csv": b"clip_id\ttag\n1\t0\n", "clip_info_final.csv": b"clip_id\ttitle\n1\tx\n"}
 UNTIL = 30  # seconds that a test waits for what has to happen
@@ -69,25 +64,9 @@ class Client:
         options = dict(data=self.data, md5sums=self.md5sums, pause=0.01, attempts=3) | options
         return [str(item) for name, value in options.items() for item in (f"--{name}", value)] + ["--hosts", *hosts]
 
-    def command(self, *hosts):
-        return [sys.executable, str(ROOT / "get_data.py"), *self.arguments(*hosts)]
-
     def run(self, *hosts, status=0, preexec_fn=None, **options):
         arguments = self.arguments(*hosts, **options)
         return self.run_script("get_data.py", *arguments, status=status, timeout=UNTIL, preexec_fn=preexec_fn)
-
-    def run_until(self, moment, number, *hosts):
-        """Start the script, send it signal `number` once `moment()` is true; return exit status and stderr."""
-        with subprocess.Popen(self.command(*hosts), stderr=subprocess.PIPE, text=True) as process:
-            try:
-                deadline = time.monotonic() + UNTIL
-                while not moment():
-                    assert process.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.005)
-                process.send_signal(number)
-                return process.wait(UNTIL), process.stderr.read()
-            finally:
-                process.kill()
 
     def error(self, *hosts, **options):
         """Return the one line with which the script gives up."""
@@ -133,18 +112,6 @@ def test_first_run_fetches_everything_and_the_second_nothing(client, server):
     assert len(server.gets) == len(FILES)
 
 
-def test_goes_on_after_a_kill(client, server):
-    server.tricks[PART] = [web.stop_after(CHUNK * 2 + 100, web.hang)]
-    partial = client.data / f"{PART}.partial"
-    partial.touch()
-    status, _ = client.run_until(lambda: partial.stat().st_size == CHUNK * 2, signal.SIGKILL, server.url)
-    assert status == -signal.SIGKILL
-    client.run(server.url)
-    client.assert_complete()
-    assert server.ranges(PART) == [None, f"bytes={CHUNK * 2}-"]
-    assert server.ranges("annotations_final.csv") == [None]
-
-
 def test_goes_on_after_connections_that_break_or_hang(client, server):
     server.tricks[PART] = [web.stop_after(CHUNK + 9), web.stop_after(CHUNK + 9, web.hang)]
     client.run(server.url, timeout=1)
@@ -171,13 +138,14 @@ def test_a_bad_answer_leaves_nothing(client, server):
 @pytest.mark.parametrize(
     "begun, tricks, others",
     [
+        (FILE[:1000], [], []),
         (FILE[:1000], [web.ignore_range], []),
         (FILE[:1000], [web.answer(206, FILE[:10], Content_Range=f"bytes 0-9/{len(FILE)}")], [None]),
         (FILE[:1000], [web.answer(200, b"<html>", Content_Type="text/html")], ["bytes=1000-"]),
         (FILE, [], []),  # the server answers with 416
         (bytes(1000), [], [None]),
     ],
-    ids="range-ignored other-range web-page killed-before-renaming other-begun".split(),
+    ids="plainly range-ignored other-range web-page killed-before-renaming other-begun".split(),
 )
 def test_goes_on_with_what_was_begun(client, server, begun, tricks, others):
     put(client.data, {f"{PART}.partial": begun})
@@ -233,22 +201,16 @@ def test_disk_full(client, server, there, limit, named):
     assert server.ranges(PART) == ([] if there else [None, f"bytes={limit}-"])
 
 
-def test_unpacking_files_put_there_by_hand_goes_on_after_a_kill(client, nobody):
-    """A pipe in a half-written clip's place stops the script there, until it is killed."""
+def test_unpacking_files_put_there_by_hand_keeps_the_clips_that_are_whole(client, nobody):
+    whole, cut_off, zeros = (client.data / "0" / f"clip{n}.mp3" for n in (0, 1, 2))
     put(client.data, FILES)
-    (client.data / "9").mkdir()
-    pipe = client.data / "9" / "clip1.mp3.partial"
-    os.mkfifo(pipe)
-    status, _ = client.run_until((client.data / "9" / "clip0.mp3").exists, signal.SIGKILL, nobody)
-    assert status == -signal.SIGKILL
-    before = (client.data / "0" / "clip0.mp3").stat()
-    assert not (client.data / "9" / "clip1.mp3").exists()
-    pipe.unlink()
-    put(client.data / "9", {"clip1.mp3.partial": b"half", "clip0.mp3": CLIPS["9/clip0.mp3"][:5000]})
-    put(client.data / "0", {"clip1.mp3": bytes(len(CLIPS["0/clip1.mp3"]))})
+    whole.parent.mkdir()
+    put(whole.parent, {whole.name: CLIPS["0/clip0.mp3"], cut_off.name: CLIPS["0/clip1.mp3"][:5000]})
+    put(whole.parent, {zeros.name: bytes(70_000), "clip1.mp3.partial": b"half"})
+    before = whole.stat()
     client.run(nobody)
     client.assert_complete()
-    after = (client.data / "0" / "clip0.mp3").stat()
+    after = whole.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
