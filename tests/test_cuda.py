@@ -30,12 +30,9 @@ def small(tmp_path_factory):
     [
         (0, None, "auto", "cpu"),
         (1, None, "auto", "cuda:0"),
-        (1, None, "cuda", "cuda:0"),
         (1, None, "cpu", "cpu"),
-        (2, None, "auto", "cuda:0"),
         (2, None, "cuda:1", "cuda:1"),
         (2, "1", "auto", "cuda:1"),
-        (2, "1", "cuda", "cuda:1"),
     ],
 )
 def test_the_device_that_is_chosen(n_gpus, local_rank, name, expected, monkeypatch):

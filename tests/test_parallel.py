@@ -110,16 +110,3 @@ def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch):
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize(
-    "n_processes, n_threads, note", [(4, 1, "1 of its 4 cores; set OMP_NUM_THREADS=4"), (4, 4, ""), (1, 1, "")]
-)
-def test_cores_that_torchrun_leaves_idle_are_noted(n_processes, n_threads, note, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "n_cores", lambda: 16)
-    monkeypatch.setattr(parallel, "n_processes", lambda: n_processes)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_processes))
-    parallel.note_idle_cores()
-    printed = capsys.readouterr().out
-    assert note in printed and bool(note) == bool(printed)
