@@ -30,7 +30,9 @@ from lib.common import InputError, Range, n_cores, run, settings_from_command_li
 class Settings:
     only: tuple[str, ...] = ()  # words, one of which a mutant's file or text has to contain; none: all mutants
     jobs: Annotated[int, Range(1, 64)] = n_cores()  # mutants tested at a time
-    timeout: Annotated[float, Range(1)] = 600  # seconds after which a mutant counts as noticed: it hangs
+
+
+TIMEOUT = 600  # seconds after which a mutant counts as noticed: it hangs
 
 
 class Mutant(NamedTuple):
@@ -296,22 +298,22 @@ def main():
     for file, _, text, *_ in MUTANTS:
         if (n := (ROOT / file).read_text(encoding="utf-8").count(text)) != 1:
             raise InputError(f"{file}: has {n} places with {text!r}; a mutant needs one, so write this one anew")
-    chosen = [
-        one for one in MUTANTS if not settings.only or any(word in f"{one.file} {one.text}" for word in settings.only)
-    ]
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    words = settings.only or [""]
+    chosen = [mutant for mutant in MUTANTS if any(word in f"{mutant.file} {mutant.text}" for word in words)]
+    unbroken = [Mutant("model.py", [test], "", "") for test in sorted({test for one in chosen for test in one.tests})]
+    tally = Counter()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(settings.jobs) as pool:
         copies = SimpleQueue()
         for number in range(settings.jobs):
             copies.put(copy_of_checkout(Path(folder) / str(number)))
-        require_passing_tests(copies, chosen, settings.timeout)
+        for mutant, outcome in outcomes(unbroken, pool, copies):
+            if outcome == "died":
+                raise InputError(f"{mutant.tests[0]}: fails although nothing is broken; mend that first")
         print("| file | text | replacement | outcome |\n|---|---|---|---|")
-        tally = Counter()
-        with ThreadPoolExecutor(settings.jobs) as pool:
-            outcomes = pool.map(lambda mutant: outcome_of(mutant, copies, settings.timeout), chosen)
-            for mutant, outcome in zip(chosen, outcomes):
-                tally[outcome] += 1
-                cells = mutant.file, code(mutant.text), code(mutant.replacement), outcome
-                print(f"| {' | '.join(cells)} |", flush=True)
+        for mutant, outcome in outcomes(chosen, pool, copies):
+            tally[outcome] += 1
+            cells = mutant.file, code(mutant.text), code(mutant.replacement), outcome
+            print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\n{', '.join(f'{n} {outcome}' for outcome, n in tally.items())}")
     return 1 if tally["ALIVE"] else 0
 
@@ -325,46 +327,33 @@ def copy_of_checkout(folder):
     return folder
 
 
-def passes(folder, tests, timeout):
-    """Return whether the tests pass in a copy; one that does not end does not. Raises InputError if there are none."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-qx",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-        *(f"tests/{test}" for test in tests),
-    ]
+def outcomes(mutants, pool, copies):
+    """Yield (mutant, "died", "ALIVE" or "equivalent") for each; `copies` is a queue of the folders to break."""
+
+    def outcome_of(mutant):
+        folder = copies.get()
+        original = (folder / mutant.file).read_text(encoding="utf-8")
+        (folder / mutant.file).write_text(original.replace(mutant.text, mutant.replacement), encoding="utf-8")
+        alive = passes(folder, mutant.tests)
+        (folder / mutant.file).write_text(original, encoding="utf-8")
+        copies.put(folder)
+        return ("equivalent" if mutant.equivalent else "ALIVE") if alive else "died"
+
+    return zip(mutants, pool.map(outcome_of, mutants))
+
+
+def passes(folder, tests):
+    """Return whether the tests pass in a copy; if they hang, they do not. Raises InputError if there are none."""
+    options = "-qx", "-n0", "-p", "no:cacheprovider"
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return False
-    if done.returncode not in (0, 1, 2):  # 1: a test failed, 2: a file could not even be imported
+    if done.returncode not in (0, 1, 2):  # 1: a test failed; 2: a file could not even be imported
         raise InputError(f"{' '.join(tests)}: {done.stdout.splitlines()[-1]}")
     return done.returncode == 0
-
-
-def require_passing_tests(copies, mutants, timeout):
-    """Raise InputError if the program as it is fails one of the mutants' tests, which would then prove nothing."""
-    folder = copies.get()
-    for tests in sorted({test for mutant in mutants for test in mutant.tests}):
-        if not passes(folder, [tests], timeout):
-            raise InputError(f"{tests}: fails although nothing is broken; mend that first")
-    copies.put(folder)
-
-
-def outcome_of(mutant, copies, timeout):
-    """Return what became of a mutant in one of the copies, which is as it was afterwards."""
-    folder = copies.get()
-    original = (folder / mutant.file).read_text(encoding="utf-8")
-    (folder / mutant.file).write_text(original.replace(mutant.text, mutant.replacement), encoding="utf-8")
-    lives = passes(folder, mutant.tests, timeout)
-    (folder / mutant.file).write_text(original, encoding="utf-8")
-    copies.put(folder)
-    return ("equivalent" if mutant.equivalent else "ALIVE") if lives else "died"
 
 
 def code(text):

@@ -83,11 +83,11 @@ def test_the_networks_own_dropout_and_batch_norm_are_the_papers():
     features = net.train().dropout(torch.ones(3, 100_000))
     assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2]), "one mask for the batch"
     assert abs((features[0] > 0).double().mean() - 0.6) < 0.01 and features.max() == torch.tensor(1 / 0.6)
-    features = torch.cat([torch.ones(5040), 3 * torch.ones(5040)]).reshape(2, 5040)
+    features = torch.cat([torch.ones(5040), 5 * torch.ones(5040)]).reshape(2, 5040)
     out = net.batch_norm(features)
-    assert torch.allclose(out[1], torch.tensor(1 / np.sqrt(1 + 1e-3), dtype=torch.float32))
-    assert torch.allclose(net.batch_norm.running_mean, torch.tensor(0.01 * 2))
-    assert torch.allclose(net.batch_norm.running_var, torch.tensor(0.99 + 0.01 * 1.0)), "of the biased variance, 1"
+    assert torch.allclose(out[1], torch.tensor(2 / np.sqrt(4 + 1e-3), dtype=torch.float32))
+    assert torch.allclose(net.batch_norm.running_mean, torch.tensor(0.01 * 3))
+    assert torch.allclose(net.batch_norm.running_var, torch.tensor(0.99 + 0.01 * 4)), "of the biased variance"
     assert torch.equal(net.eval().dropout(out), out)
 
 
