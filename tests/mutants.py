@@ -104,6 +104,7 @@ MUTANTS = [
         ('"train"] = "all"', '"train"] = "train"'),
     ),
     # ====== the network ======
+    *of("model.py", LOOP, ("self.dropout(self.batch_norm(features))", "self.batch_norm(self.dropout(features))")),
     *of(
         "model.py",
         NETWORK,
@@ -129,7 +130,6 @@ MUTANTS = [
         ("np.sqrt(2 / fan_in_and_out)", "np.sqrt(1 / fan_in_and_out)"),
         ("layer.bias.zero_()", "pass"),
         ("torch.autocast(hidden.device.type, enabled=False)", "torch.autocast(hidden.device.type)"),
-        ("features = self.dropout(self.batch_norm(features))", "features = self.batch_norm(self.dropout(features))"),
         (
             "super().__init__(*layers, nn.ReLU(inplace=True))",
             "super().__init__(layers[0], nn.ReLU(), *layers[1:])",
@@ -163,6 +163,7 @@ MUTANTS = [
         ('optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})', "pass"),
         ('    train[:] = state["train_order"].numpy()\n', ""),
         ('torch.set_rng_state(state["torch_rng"])', "pass"),
+        ("rng.set_state((", "print(("),
         ('    net.load_state_dict(saved["weights"])\n', ""),
     ),
     *of(
@@ -263,7 +264,14 @@ MUTANTS = [
         ("difference = ours.minus(theirs)", "difference = theirs.minus(ours)"),
         ("n_test_clips_seen(checkpoint, other) + n_test_clips_seen(other, checkpoint)", "0"),
     ),
-    *of("evaluate.py", "test_evaluate.py", ("np.abs(values[candidates] - annotated)", "np.abs(values[candidates])")),
+    *of(
+        "evaluate.py",
+        "test_evaluate.py",
+        ("np.abs(values[candidates] - annotated)", "np.abs(values[candidates])"),
+        ("scores.roc_auc(labels.T, probabilities.T)", "scores.roc_auc(labels, probabilities)"),
+        ('"prevalence": labels.mean(axis=0)', '"prevalence": labels.std(axis=0)'),
+        ("names.index(name) for name in", "names.index(name) - 1 for name in"),
+    ),
     *of(
         "lib/baseline.py", BASELINE, ("BASELINE_C = 0.03", "BASELINE_C = 1"), ("fit(features[train])", "fit(features)")
     ),
