@@ -200,7 +200,16 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     make_checkpoint(tmp_path / "same/best.pt", dump=fingerprint, weights=weights)
     done = call_script("evaluate.py", *arguments, "--against", "same")
     comparison = json.loads((tmp_path / "one/comparison.json").read_text())
-    assert comparison["roc_auc"]["value"] != 0 and comparison["roc_auc"]["low"] <= comparison["roc_auc"]["value"]
+    labels, rows, settings = np.load(evaluated / "tags.npy")[29:, [2, 0, 1]], np.arange(29, 40), evaluate.Settings()
+    ours, theirs = (
+        evaluate.predict_rows(
+            load_checkpoint(tmp_path / name / "best.pt"), Dump(evaluated), rows, torch.device("cpu"), settings
+        )
+        for name in ("one", "same")
+    )
+    expected = roc_auc_score(labels, ours) - roc_auc_score(labels, theirs)
+    assert expected != 0 and comparison["roc_auc"]["value"] == pytest.approx(expected)
+    assert comparison["roc_auc"]["low"] <= expected <= comparison["roc_auc"]["high"]
     refused = call_script("evaluate.py", *arguments, "--against", "seen", status=1).stderr
     assert "3 test clips of one trained, or chose, the other" in refused and refused.count("\n") == 1
 
