@@ -1,10 +1,8 @@
-"""A web server on the loopback interface that misbehaves as told, one trick per GET of a file, then behaves.
-
-A trick is a function of the request's handler and the file's bytes.
-"""
+"""A web server on the loopback interface that misbehaves as told, one trick per GET of a file, then behaves."""
 
 import re
 import threading
+import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,20 +13,17 @@ class Server(ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files  # {name: bytes}
-        self.tricks = defaultdict(list)  # {name: those still to be played}
-        self.gets = []  # (name, Range header or None) of every GET so far
-        self.closing = threading.Event()
+        self.tricks = defaultdict(
+            list
+        )  # {name: functions of a request's handler and the file's bytes, still to be called}
+        self.ranges = defaultdict(list)  # {name: the Range header, or None, of every GET so far}
         self.url = f"http://127.0.0.1:{self.server_port}/"
-
-    def ranges(self, name):
-        return [asked for got, asked in self.gets if got == name]
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -39,7 +34,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path[1:].removeprefix("moved/")
-        self.server.gets.append((name, self.headers["Range"]))
+        self.server.ranges[name].append(self.headers["Range"])
         tricks = self.server.tricks[name]
         trick = tricks.pop(0) if tricks else behave
         trick(self, self.server.files[name])
@@ -48,52 +43,30 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def behave(handler, content, sent=None):
+def behave(handler, content, sent=None, hang=0):
     """Answer as a good server does; with `sent`, promise everything and stop after so many bytes."""
     asked = handler.headers["Range"]
     offset = int(re.search(r"\d+", asked or "0").group())
-    status = 200 if not asked else 206 if offset < len(content) else 416
-    handler.send_response(status)
+    headers = {"Content-Length": len(content[offset:])}
     if asked:
-        span = f"{offset}-{len(content) - 1}" if status == 206 else "*"
-        handler.send_header("Content-Range", f"bytes {span}/{len(content)}")
-    handler.send_header("Content-Length", len(content[offset:]))
+        headers["Content-Range"] = f"bytes {offset}-{len(content) - 1}/{len(content)}"
+    send(handler, 200 if not asked else 206 if offset < len(content) else 416, content[offset:][:sent], headers)
+    time.sleep(hang)
+
+
+def send(handler, status, body, headers):
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name, value)
     handler.end_headers()
-    handler.wfile.write(content[offset:][:sent])
+    handler.wfile.write(body)
 
 
-def ignore_range(handler, content):
-    del handler.headers["Range"]
-    behave(handler, content)
+def stop_after(sent, hang=0):
+    """Break the connection after `sent` bytes and `hang` seconds."""
+    return lambda handler, content: behave(handler, content, sent, hang)
 
 
-def close(handler):
-    handler.connection.close()
-
-
-def hang(handler):
-    handler.server.closing.wait(60)
-
-
-def stop_after(sent, then=close):
-    def trick(handler, content):
-        behave(handler, content, sent)
-        then(handler)
-
-    return trick
-
-
-def answer(status, body=b"", length=True, **headers):
-    """Answer with these, whatever was asked for; without `length`, as very simple servers do, not saying how long."""
-
-    if length:
-        headers["Content-Length"] = len(body)
-
-    def trick(handler, content):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), str(value))
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return trick
+def answer(status, body=b"", headers={}):
+    """Answer with these, whatever was asked for, and as very simple servers do, without saying how long it is."""
+    return lambda handler, _content: send(handler, status, body, headers)

@@ -166,26 +166,26 @@ def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, cal
     assert history[:4] == load_checkpoint(uninterrupted[0] / "last.pt")["history"]
 
 
-def test_resuming_in_bfloat16_is_bit_identical(small, tmp_path, call_script):
+def test_resumed_after_an_epoch_is_bit_identical(small, tmp_path, call_script):
     for name, runs in (("whole", [2]), ("resumed", [1, 2])):
         for epochs in runs:
             arguments = ["--data", small, "--experiments", tmp_path, "--name", name, *TINY, "--resume"]
-            call_script("trainer.py", *arguments, "--precision", "bfloat16", "--epochs", epochs)
+            call_script("trainer.py", *arguments, "--epochs", epochs)
     for name in ("best.pt", "last.pt"):
         one, other = (without_paths(load_checkpoint(tmp_path / run / name)) for run in ("whole", "resumed"))
         assert same_checkpoint(one, other), name
 
 
 def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script):
-    best = shutil.copy(uninterrupted[0] / "best.pt", tmp_path)
-    started = load_checkpoint(best)
+    best, started = tmp_path / "best.pt", load_checkpoint(uninterrupted[0] / "best.pt")
+    started["normalization"]["mean"] -= 1  # another than the dump's own
+    save(best, started)
     arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0, "--start-from", best, "--name"]
     done = call_script("trainer.py", *arguments, "same").stdout
     assert "its own last layer" in done and "the test clips trained" not in done
     same = load_checkpoint(tmp_path / "same/best.pt")
     assert same_checkpoint(same["weights"], started["weights"])
     assert same_checkpoint(same["normalization"], started["normalization"])
-    assert same["history"][0]["validation_roc_auc"] == started["history"][-1]["validation_roc_auc"]
     assert same["hyperparameters"]["start_from"] == str(best)
     done = call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout  # whose split differs too
     assert "a fresh last layer" in done and "3 of the test clips trained, or chose, that checkpoint" in done
