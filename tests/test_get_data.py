@@ -84,7 +84,7 @@ def test_first_run_fetches_everything_and_the_second_nothing(fetch, server):
 
 
 def test_goes_on_after_connections_that_break_or_hang_and_with_another_host(fetch, server):
-    server.tricks[PART] = [stop_after(CHUNK + 9), stop_after(CHUNK + 9, hang=5)]
+    server.tricks[PART] = [stop_after(CHUNK + 9), stop_after(CHUNK + 9, hang=60)]
     with Server(FILES) as second:
         second.tricks[PART] = [stop_after(CHUNK + 9)]
         fetch(server.url, second.url, timeout=1)
