@@ -15,6 +15,7 @@ import torch
 
 from conftest import ROOT, write_dump
 from lib.checkpoint import load_checkpoint, save
+from lib.common import lock
 from lib.dump import Dump
 from lib.experiment import MAY_DIFFER
 
@@ -51,7 +52,8 @@ def test_what_an_experiment_leaves(uninterrupted, small):
     folder, printed = uninterrupted
     history = list(csv.DictReader((folder / "history.csv").open()))
     assert [row["epoch"] for row in history] == ["0", "1", "2", "3"]
-    assert [float(row["learning_rate"]) for row in history[1:]] == [1e-4, 1e-4, 1e-5]
+    scores = [row["validation_roc_auc"] for row in load_checkpoint(folder / "last.pt")["history"]]
+    assert [float(row["validation_roc_auc"]) for row in history] == scores
     assert json.loads((folder / "hyperparameters.json").read_text())["batch_size"] == 2
     best = load_checkpoint(folder / "best.pt")
     assert "0.904" in printed and "0.900" in printed and "not comparable" in printed
@@ -95,8 +97,6 @@ def stop_after_epoch(process, folder, epoch, how):
 def test_killed_interrupted_and_resumed_is_bit_identical(uninterrupted, small, tmp_path):
     folder, printed = uninterrupted
     stop_after_epoch(train(small, tmp_path), tmp_path / "paper", 0, signal.SIGKILL)
-    refused = train(small, tmp_path)
-    assert "--resume" in refused.communicate(timeout=60)[1] and refused.returncode == 1
     interrupted = train(small, tmp_path, "--resume")
     error = stop_after_epoch(interrupted, tmp_path / "paper", 1, signal.SIGINT)
     assert interrupted.returncode == 130 and "--resume" in error and "Traceback" not in error
@@ -166,16 +166,6 @@ def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, cal
     assert history[:4] == load_checkpoint(uninterrupted[0] / "last.pt")["history"]
 
 
-def test_resumed_after_an_epoch_is_bit_identical(small, tmp_path, call_script):
-    for name, runs in (("whole", [2]), ("resumed", [1, 2])):
-        for epochs in runs:
-            arguments = ["--data", small, "--experiments", tmp_path, "--name", name, *TINY, "--resume"]
-            call_script("trainer.py", *arguments, "--epochs", epochs)
-    for name in ("best.pt", "last.pt"):
-        one, other = (without_paths(load_checkpoint(tmp_path / run / name)) for run in ("whole", "resumed"))
-        assert same_checkpoint(one, other), name
-
-
 def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script):
     best, started = tmp_path / "best.pt", load_checkpoint(uninterrupted[0] / "best.pt")
     started["normalization"]["mean"] -= 1  # another than the dump's own
@@ -195,13 +185,11 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     assert "epoch   1" in call_script("trainer.py", *arguments, "same", "--resume", "--epochs", 1).stdout
 
 
-def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path):
-    both = [train(small, tmp_path, "--epochs", 1, "--seed", seed) for seed in (1, 2)]
-    printed = [process.communicate(timeout=120) for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1]
-    loser, winner = sorted(range(2), key=lambda index: both[index].returncode, reverse=True)
-    assert "last.pt: another process is at work on it" in printed[loser][1] and printed[loser][1].count("\n") == 1
-    assert load_checkpoint(tmp_path / "paper/best.pt")["hyperparameters"]["seed"] == winner + 1
+def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path, call_script):
+    (tmp_path / "paper").mkdir()
+    with lock(tmp_path / "paper/last.pt"):  # as another trainer would
+        error = call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, status=1).stderr
+    assert "last.pt: another process is at work on it" in error and error.count("\n") == 1
 
 
 def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_script):
