@@ -12,19 +12,14 @@ import pytest
 from conftest import ROOT
 from lib import common
 
-SCRIPTS = ("get_data", "gen_spectrograms", "tags", "model", "trainer", "evaluate")
-
 
 @pytest.mark.parametrize(
     "script, option, value, said",
     [
-        ("trainer", "--epochs", "-1", "--epochs -1: must be in the range 0 to"),
+        ("gen_spectrograms", "--n-chunks", "257", "--n-chunks 257: must be in the range 1 to 256"),
         ("trainer", "--learning-rate", "nan", "--learning-rate nan: must be in the range 1e-12 to 10"),
         ("trainer", "--drop-after", "0", "--drop-after 0: must be in the range 1 to"),
-        ("gen_spectrograms", "--n-chunks", "257", "--n-chunks 257: must be in the range 1 to 256"),
         ("evaluate", "--checkpoint", "nowhere.pt", "nowhere.pt: no such checkpoint"),
-        ("evaluate", "--device", "nvidia", "--device nvidia: not available"),
-        ("tags", "--data", "nowhere", "nowhere/tags.csv: not there"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_one_line(script, option, value, said, call_script, tmp_path, monkeypatch):
@@ -34,12 +29,12 @@ def test_a_value_that_makes_no_sense_is_one_line(script, option, value, said, ca
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", [["--n-tgas", "3"], ["--n-tags", "three"], ["--merge-tags", "maybe"], ["stray"]])
-def test_an_option_that_is_none_and_a_value_of_another_type_are_named(option, call_script, capsys):
-    assert option[-1] in call_script("tags.py", *option, status=2).stderr
+@pytest.mark.parametrize("option", [["--n-tgas=3"], ["--epochs", "three"], ["--tf32", "maybe"], ["--split", "genre"]])
+def test_an_option_that_is_none_and_a_value_of_another_type_are_named(option, call_script):
+    assert option[-1].split("=")[0] in call_script("trainer.py", *option, status=2).stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["get_data", "gen_spectrograms", "tags", "model", "trainer", "evaluate"])
 def test_help_says_what_each_switch_does(script, run_script, tmp_path):
     wide = {**os.environ, "COLUMNS": "300"}
     help_text = " ".join(run_script(f"{script}.py", "--help", cwd=tmp_path, env=wide).stdout.split())
@@ -49,11 +44,10 @@ def test_help_says_what_each_switch_does(script, run_script, tmp_path):
         assert f"--{name}, --no-{name}" in help_text if isinstance(field.default, bool) else f"--{name} " in help_text
 
 
-def test_closed_outputs_are_no_traceback(tmp_path):
-    for closed in (">&-", "2>&-", ">&- 2>&-"):
-        command = f"{sys.executable} {ROOT}/tags.py --data {tmp_path} {closed}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, closed
+def test_a_closed_output_is_no_traceback(tmp_path):
+    command = f"{sys.executable} {ROOT}/tags.py --data {tmp_path} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_full_disk_names_the_file_and_what_goes_on(tmp_path, monkeypatch, capsys):
@@ -70,11 +64,3 @@ def test_a_full_disk_names_the_file_and_what_goes_on(tmp_path, monkeypatch, caps
     full = f"error: {tmp_path}/results.json: No space left on device; make room, then the same command with --resume"
     assert stop.value.code == 1 and capsys.readouterr().err.startswith(full)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_lock_is_for_one_process(tmp_path):
-    code = "import pathlib, sys\nfrom lib.common import lock\nwith lock(pathlib.Path(sys.argv[1])): print('held')"
-    command = [sys.executable, "-c", code, tmp_path / "table.csv"]
-    with common.lock(tmp_path / "table.csv"):
-        assert "table.csv: another process" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "held\n"
