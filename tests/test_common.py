@@ -35,9 +35,9 @@ def test_an_option_that_is_none_and_a_value_of_another_type_are_named(option, ca
 
 
 @pytest.mark.parametrize("script", ["get_data", "gen_spectrograms", "tags", "model", "trainer", "evaluate"])
-def test_help_says_what_each_switch_does(script, run_script, tmp_path):
-    wide = {**os.environ, "COLUMNS": "300"}
-    help_text = " ".join(run_script(f"{script}.py", "--help", cwd=tmp_path, env=wide).stdout.split())
+def test_help_says_what_each_switch_does(script, call_script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    help_text = " ".join(call_script(f"{script}.py", "--help").stdout.split())
     assert script == "model" or f"(default: {ROOT / 'data'})" in help_text, "wherever it is started"
     for field in dataclasses.fields(importlib.import_module(script).Settings):
         name = field.name.replace("_", "-")
