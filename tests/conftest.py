@@ -76,13 +76,13 @@ def shared():
     return SHARED
 
 
-def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1):
+def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar", "flute", "slow")):
     """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it.
 
     Clips of one track, so many in a row, have the same tags.
     """
     rng = np.random.RandomState(seed)
-    names = ["guitar", "flute", "slow", *(f"tag {tag}" for tag in range(4, n_tags + 1))]
+    names = [*names, *(f"tag {tag}" for tag in range(4, n_tags + 1))]
     lines = ["\t".join(["clip_id", *names, "mp3_path"])]
     for clip in range(n_clips):
         track = clip // n_of_a_track

@@ -151,7 +151,12 @@ MUTANTS = [
         ("    if source:\n        mean, std", "    if saved:\n        mean, std")),
     *of("lib/experiment.py", "test_trainer.py",
         ('save(folder / "best.pt", {', 'save(folder / "other.pt", {'),
-        ("require_same_hyperparameters(saved, settings, last)", "pass")),
+        ("require_same_hyperparameters(saved, settings, last)", "pass"),
+        ('"epochs", "device"}', '"epochs", "device", "learning_rate"}')),
+    *of("trainer.py", "test_trainer.py::test_synonyms_are_merged_unless_told_otherwise_and_evaluated_as_trained",
+        ("settings.n_tags, settings.merge_tags)", "settings.n_tags, True)")),
+    *of("evaluate.py", "test_trainer.py::test_synonyms_are_merged_unless_told_otherwise_and_evaluated_as_trained",
+        ('checkpoint["hyperparameters"].get("merge_tags", True)', "True")),
     # ====== spectrograms and the dump ======
     *of("lib/audio.py", "test_spectrograms.py",
         ('"hop_length": 512', '"hop_length": 511'),
@@ -166,6 +171,7 @@ MUTANTS = [
         ('quality="HQ"', 'quality="LQ"')),
     *of("lib/dump.py", "test_spectrograms.py",
         ("axis=0) / n_values - mean**2", "axis=0) / n_values"),
+        ("np.where(std > 0, std, 1)", "std"),
         ("np.divide(target, std[:, None], out=target)", "pass"),
         ("divmod(row, len(self.chunks[0]))", "divmod(row, len(self.chunks[0]))[0], 0")),
     *of("gen_spectrograms.py", "test_spectrograms.py",
@@ -199,6 +205,7 @@ MUTANTS = [
         ("baseline[rows], groups", "probabilities, groups")),
     *of("evaluate.py", COMPARISON,
         ("difference = ours.minus(theirs)", "difference = theirs.minus(ours)"),
+        ("resampling = groups[rows], settings.resamples, settings.seed", "resampling = rows, settings.resamples, 1337"),
         ("n_test_clips_seen(checkpoint, other) + n_test_clips_seen(other, checkpoint)", "0")),
     *of("evaluate.py", "test_evaluate.py",
         ("np.abs(values[candidates] - annotated)", "np.abs(values[candidates])"),
@@ -228,9 +235,11 @@ MUTANTS = [
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
-    for file, _, text, *_ in MUTANTS:
-        if (n := (ROOT / file).read_text(encoding="utf-8").count(text)) != 1:
+    for file, _, text, replacement, _ in MUTANTS:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        if (n := source.count(text)) != 1:
             raise InputError(f"{file}: has {n} places with {text!r}; a mutant needs one, so write this one anew")
+        compile(source.replace(text, replacement), file, "exec")  # no mutant dies of a syntax error
     words = settings.only or [""]
     chosen = [mutant for mutant in MUTANTS if any(word in f"{mutant.file} {mutant.text}" for word in words)]
     unbroken = [Mutant("model.py", [test], "", "") for test in sorted({test for one in chosen for test in one.tests})]

@@ -137,6 +137,7 @@ def test_the_dump(run_script, clips):
     mean, std = band_normalization(*dump.band_sums())
     assert np.allclose(mean, spectrograms.mean(axis=(0, 2), dtype=np.float64), rtol=1e-6)
     assert np.allclose(std, spectrograms.std(axis=(0, 2), dtype=np.float64), rtol=1e-6)
+    assert band_normalization(np.zeros((2, 128)), np.zeros((2, 128)))[1].tolist() == [1] * 128, "of silence"
     out = np.empty((3, 128, 628), np.float32)
     dump.gather(np.array([20, 0, 13]), (mean, std), out)
     assert np.allclose(out, (spectrograms[[20, 0, 13]] - mean[:, None]) / std[:, None])

@@ -1,7 +1,8 @@
-"""Training: the original's split and order, what is saved when, resuming, several processes."""
+"""The trainer's folder: what is saved when, going on, beginning from another experiment's weights."""
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -10,16 +11,18 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, write_dump
+from evaluate import clips_of
 from lib.checkpoint import load_checkpoint, save
-from lib.common import lock
+from lib.common import InputError, lock
 from lib.dump import Dump
-from lib.experiment import MAY_DIFFER
+from lib.experiment import MAY_DIFFER, hyperparameters, require_same_hyperparameters
+from trainer import Settings
 
-RECORDED = json.loads((ROOT / "tests/original.json").read_text())
 TINY = "--device cpu --epochs 3 --train-size 8 --validation-size 3 --batch-size 2 --super-batch-size 5".split()
 TINY += "--learning-rate 1e-4 --drop-after 2".split()
 
@@ -120,6 +123,14 @@ def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, s
     assert "not the dump" in call_script("trainer.py", "--data", other, *arguments, status=1).stderr
 
 
+def test_only_where_and_how_long_may_differ_when_an_experiment_goes_on():
+    for name in (field.name for field in dataclasses.fields(Settings)):
+        saved = {"hyperparameters": hyperparameters(Settings()) | {name: "another"}}
+        may_differ = name in {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}
+        with contextlib.nullcontext() if may_differ else pytest.raises(InputError, match=name):
+            require_same_hyperparameters(saved, Settings(), "last.pt")
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -190,6 +201,20 @@ def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path, call_script):
     with lock(tmp_path / "paper/last.pt"):  # as another trainer would
         error = call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, status=1).stderr
     assert "last.pt: another process is at work on it" in error and error.count("\n") == 1
+
+
+def test_synonyms_are_merged_unless_told_otherwise_and_evaluated_as_trained(tmp_path, call_script):
+    dump = Dump(write_dump(tmp_path, n_clips=20, names=("guitar", "flute", "guitars")))
+    guitar, flute, guitars = dump.labels.T
+    for name, option, names, labels in (
+        ("merged", "--merge-tags", ["guitar", "flute"], [guitar | guitars, flute]),
+        ("unmerged", "--no-merge-tags", ["guitars", "guitar", "flute"], [guitars, guitar, flute]),
+    ):
+        place = "--data", tmp_path, "--experiments", tmp_path, "--name", name
+        call_script("trainer.py", *place, *TINY, "--epochs", 0, option)
+        checkpoint = load_checkpoint(tmp_path / name / "best.pt")
+        assert checkpoint["tag_names"] == names
+        assert np.array_equal(clips_of(checkpoint, dump, other_data=False)[0].T, labels)
 
 
 def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_script):
