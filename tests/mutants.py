@@ -128,6 +128,7 @@ MUTANTS = [
         ('if settings.split == "random"', "if True")),
     *of("lib/splits.py", "test_splits.py",
         ("    rng.shuffle(rows)\n", ""),
+        ('(first < "c")\n    rng.shuffle(train)\n', '(first < "c")\n'),
         ("rows[:validation_size], rows[validation_size:test_end]",
          "rows[validation_size:test_end], rows[:validation_size]"),
         ("rng.permutation(len(names))", "range(len(names))"),
@@ -225,6 +226,10 @@ MUTANTS = [
         ("if str(file) not in done", "if True"),
         ("rows_to_keep(table, header, stamps, checkpoint) if table.exists() else []", "[]"),
         ("row[-4:-2] == stamps.get(row[0], row[-4:-2])", "True")),
+    *of("lib/library.py", "test_tagger.py",
+        ("mirrored[centre : centre + CLIP_SAMPLES]", "samples[centre : centre + CLIP_SAMPLES]"),
+        ("cut_off if read <= promised - INEXACT_SECONDS", "cut_off if False"),
+        ("list(tags.items())[: settings.top]", "list(tags.items())")),
     # ====== several processes ======
     *of("lib/parallel.py", "test_parallel.py::test_two_processes_train_as_one",
         ("    backward = forward\n", "    @staticmethod\n    def backward(ctx, gradient):\n        return gradient\n"),

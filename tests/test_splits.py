@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, write_clip_info, write_dump
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
-from lib.splits import divide_clips, split_by_artist, split_sizes
+from lib.splits import divide_clips, split_by_artist, split_by_folder, split_sizes
 from model import MultiScaleCNN, initialize
 from tags import clip_info_of, read_annotations
 from trainer import Settings, split_clips
@@ -92,7 +92,9 @@ def test_no_artist_is_in_two_parts_and_sizes_are_near():
     assert abs(len(parts[1]) - 150) <= 5 and abs(len(parts[2]) - 450) <= 5
     others = split_by_artist(artists, 1400, 150, np.random.RandomState(2))
     assert set(others[2]) != set(parts[2]), "the generator chooses the artists"
-    assert (np.diff(parts[0]) < 0).any(), "and shuffles the training clips"
+    by_folder = split_by_folder([f"{row % 16:x}/{row}.mp3" for row in range(99)], np.random.RandomState(1))
+    for train in (parts[0], by_folder[0]):
+        assert (np.diff(train) < 0).any(), "and shuffles the training clips, in the other published split too"
 
 
 def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):

@@ -11,8 +11,10 @@ import soundfile
 import torch
 
 from evaluate import Tagger
+from lib import figures
 from lib.audio import log_mel_spectrogram
 from lib.common import InputError
+from lib.library import draw_taggram
 from lib.tagger import windows
 from test_evaluate import make_checkpoint
 
@@ -63,6 +65,21 @@ def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
         expected.append(by_hand(tagger, log_mel_spectrogram(tmp_path / "window.wav")))
     found = tagger(samples, 11025)
     assert np.allclose([found[name] for name in tagger.tag_names], np.mean(expected, axis=0), atol=1e-6)
+
+
+def test_a_column_of_a_taggram_is_the_answer_for_the_clip_around_it(tagger, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "taggram", lambda *arguments: drawn.append(arguments))
+    samples, half = music(33)[:, 0], 627 * 512 // 2
+    draw_taggram(tagger, samples, 2, tmp_path / "song.mp3", tmp_path, {})
+    ((picture, spectrogram, _, times, probabilities, _, n_tags, _),) = drawn
+    assert picture == tmp_path / "taggram_song.mp3.png" and n_tags == 2
+    assert times == pytest.approx(np.arange(0.5, 33), abs=1e-4) and spectrogram.shape == (128, 1 + len(samples) // 512)
+    mirrored = np.concatenate([samples[half - 1 :: -1], samples, samples[: -half - 1 : -1]])
+    for column in (0, 16, 32):
+        centre = int(times[column] * 11025 + 0.5)
+        expected = tagger.probabilities(tagger.spectrograms([mirrored[centre : centre + 2 * half]]))
+        assert probabilities[column] == pytest.approx(expected[0], abs=1e-6)
 
 
 def test_an_array_is_tagged_as_its_file(tagger, tmp_path):
