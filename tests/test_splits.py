@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, write_clip_info, write_dump
+from get_data import MD5SUMS
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.splits import divide_clips, split_by_artist, split_by_folder, split_sizes
@@ -99,7 +100,9 @@ def test_no_artist_is_in_two_parts_and_sizes_are_near():
 
 def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):
     for name, stored in (("annotations_final", "tags"), ("clip_info_final", "clip_info_final")):
-        (tmp_path / f"{stored}.csv").write_bytes(gzip.decompress((shared / f"mtat/{name}.csv.gz").read_bytes()))
+        table = gzip.decompress((shared / f"mtat/{name}.csv.gz").read_bytes())
+        assert hashlib.md5(table).hexdigest() == MD5SUMS[f"{name}.csv"], "get_data.py would refuse it"
+        (tmp_path / f"{stored}.csv").write_bytes(table)
     annotations = read_annotations(tmp_path / "tags.csv")
     info = clip_info_of(tmp_path, annotations.ids)
 
