@@ -96,8 +96,6 @@ MUTANTS = [
         ("Range(1e-12, 10)] = 0.001", "Range(1e-12, 10)] = 0.01"),
         ('"train"] = "all"', '"train"] = "train"')),
     # ====== the network ======
-    *of("model.py", LOOP,
-        ("self.dropout(self.batch_norm(features))", "self.batch_norm(self.dropout(features))")),
     *of("model.py", NETWORK,
         ("BatchDropout(keep_probability=0.6)", "BatchDropout(keep_probability=0.4)"),
         ("draw_mask(features.shape[1])", "draw_mask(features.numel()).view_as(features)"),
@@ -108,6 +106,7 @@ MUTANTS = [
         ("self.running_var.lerp_(var, self.momentum)", "pass"),
         ("self.running_mean.lerp_(mean, self.momentum)", "pass")),
     *of("model.py", "test_model.py",
+        ("self.dropout(self.batch_norm(features))", "self.batch_norm(self.dropout(features))"),
         ("half = F.avg_pool2d(", "half = F.max_pool2d("),
         ("F.avg_pool2d(half, (2, 4))", "F.max_pool2d(half, (2, 4))"),
         ("ConvPool(210, 70, kernel=(3, 3))", "ConvPool(210, 70, kernel=(5, 3))"),

@@ -91,6 +91,17 @@ def test_the_networks_own_dropout_and_batch_norm_are_the_papers():
     assert torch.equal(net.eval().dropout(out), out)
 
 
+def test_batch_norm_sees_the_convolutions_features_and_the_hidden_layer_what_dropout_leaves():
+    net, seen = network().train(), {}
+    names = "joined", "batch_norm", "dropout", "hidden"
+    for name in names:
+        hook = lambda layer, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
+        getattr(net, name).register_forward_hook(hook)
+    net(four_clips()[:2])
+    for before, after in zip(names, names[1:]):
+        assert torch.equal(seen[before][1], seen[after][0]), f"{before} feeds {after}"
+
+
 def test_in_bfloat16_the_last_layer_computes_in_float32():
     net, hidden = network().eval(), []
     net.hidden.register_forward_hook(lambda layer, inputs, output: hidden.append(output))

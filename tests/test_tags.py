@@ -59,10 +59,10 @@ def test_names_the_line_of_what_is_wrong(tmp_path, text, said):
 
 def test_merging_is_the_or_of_the_group_under_its_first_name():
     names = ["violins", "no beat", "guitars", "female vocal", "no drums", "guitar", "female"]
-    labels = np.array([[1, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 1, 0, 1]], np.uint8)
+    labels = np.array([[1, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 1]], np.uint8)
     merged, merged_names = merge_synonyms(labels, names)
     assert merged_names == ["violin", "no beat", "guitar", "female vocal", "female"]
-    assert merged.tolist() == [[1, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
+    assert merged.tolist() == [[1, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 0, 1]]
     again, names_again = merge_synonyms(merged, merged_names)
     assert names_again == merged_names and (again == merged).all()
 

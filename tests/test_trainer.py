@@ -180,6 +180,7 @@ def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, cal
 def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script):
     best, started = tmp_path / "best.pt", load_checkpoint(uninterrupted[0] / "best.pt")
     started["normalization"]["mean"] -= 1  # another than the dump's own
+    started["weights"]["hidden.weight"] += 1  # others than the seed's
     save(best, started)
     arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0, "--start-from", best, "--name"]
     done = call_script("trainer.py", *arguments, "same").stdout
