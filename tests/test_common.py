@@ -50,6 +50,16 @@ def test_a_closed_output_is_no_traceback(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_ctrl_c_says_what_goes_on(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        common.run(main, "the same command with --resume goes on")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command with --resume goes on\n"
+
+
 def test_a_full_disk_names_the_file_and_what_goes_on(tmp_path, monkeypatch, capsys):
     def main():
         with common.whole_file(tmp_path / "results.json") as file:

@@ -124,7 +124,7 @@ def test_intervals_group_by_track_and_leakage_is_what_sets_say(tmp_path, call_ev
 
     def evaluated(n_of_a_track, *options):
         write_clip_info(tmp_path, n_of_a_track)
-        results = call_evaluate(tmp_path, probabilities, "--no-baseline", *options)["test"]
+        results = call_evaluate(tmp_path, probabilities, "--no-baseline", "--resamples", 400, *options)["test"]
         return results, results["roc_auc"]["high"] - results["roc_auc"]["low"]
 
     by_track, width = evaluated(4)

@@ -12,7 +12,7 @@ from test_get_data import make_files, make_zip, md5
 N_CLIPS = 12
 
 
-def test_from_download_to_test_score(tmp_path, run_script, monkeypatch):
+def test_from_download_to_test_score(tmp_path, run_script, call_script, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     rendered = tmp_path / "demo"
     render(rendered, n_clips=N_CLIPS, seed=1)
@@ -33,7 +33,7 @@ def test_from_download_to_test_score(tmp_path, run_script, monkeypatch):
     assert f"{N_CLIPS} spectrograms" in done.stdout and "0 bad clips" in done.stdout and "0 short" in done.stdout
     assert sum(len(np.load(data / f"spectrograms_{index}.npy")) for index in range(8)) == N_CLIPS
 
-    assert f"{N_CLIPS} clips" in run_script("tags.py", "--data", data).stdout
+    assert f"{N_CLIPS} clips" in call_script("tags.py", "--data", data).stdout
 
     place = ["--data", data, "--experiments", experiments, "--name", "tiny"]
     done = run_script("trainer.py", *place, "--epochs", 1, "--batch-size", 4)

@@ -1,6 +1,7 @@
 """Spectrograms against librosa, the dump's files, bad clips, and going on after a kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from conftest import ROOT
+from conftest import ROOT, write_dump
 from gen_spectrograms import log_mel_spectrogram
 from lib.audio import CLIP_SAMPLES, FRONT_END, decode, resample
 from lib.common import InputError
@@ -93,8 +94,10 @@ def write_table(data, paths):
     (data / "tags.csv").write_text("\n".join(["clip_id\tguitar\tflute\tmp3_path", *rows]) + "\n")
 
 
-def write_clips(data):
-    """Write 21 small clips, 20 of them good, into folder `data`, and return it."""
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A folder of 21 clips, 20 of them good."""
+    data = tmp_path_factory.mktemp("originals")
     for index in range(20):
         soundfile.write(data / f"{index}.flac", tone(11025, SECONDS + 0.01 * index)[:, 0] * 0.9**index, 11025)
     write_table(data, [f"{index}.flac" for index in range(20)] + ["missing.flac"])
@@ -102,14 +105,14 @@ def write_clips(data):
 
 
 @pytest.fixture
-def clips(tmp_path):
-    return write_clips(tmp_path)
+def clips(originals, tmp_path):
+    return shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(originals, tmp_path_factory):
     """The contents of the dump, in two chunks, that an undisturbed run makes of those clips."""
-    data = write_clips(tmp_path_factory.mktemp("undisturbed"))
+    data = shutil.copytree(originals, tmp_path_factory.mktemp("undisturbed"), dirs_exist_ok=True)
     assert start(data, 2).wait(60) == 0
     return contents(data)
 
@@ -257,8 +260,8 @@ def test_a_dump_made_with_other_settings_is_never_mixed(run_script, clips):
     assert "without dump.json" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
 
 
-def test_a_damaged_dump_is_named(run_script, clips):
-    run_script("gen_spectrograms.py", "--data", clips)
+def test_a_damaged_dump_is_named(tmp_path):
+    clips = write_dump(tmp_path, n_clips=6)
     for name in ("ids.npy", "tag_names.npy", "spectrograms_1.npy", "dump.json"):
         original = (clips / name).read_bytes()
         flipped = bytearray(original)

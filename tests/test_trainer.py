@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -84,8 +83,8 @@ def without_paths(checkpoint):
     return checkpoint
 
 
-def stop_after_epoch(process, folder, epoch, how):
-    """Send `how` to a trainer in the epoch after `epoch`, and return what it wrote on stderr."""
+def kill_after_epoch(process, folder, epoch):
+    """Kill a trainer in the epoch after `epoch`."""
     rows = ""
     while f"\n{epoch}," not in rows:
         assert process.poll() is None, "it ended before it could be stopped"
@@ -93,16 +92,13 @@ def stop_after_epoch(process, folder, epoch, how):
         with contextlib.suppress(FileNotFoundError):  # not there yet, or just being replaced
             rows = (folder / "history.csv").read_text()
     time.sleep(0.2)
-    process.send_signal(how)
-    return process.communicate(timeout=60)[1]
+    process.kill()
+    process.communicate(timeout=60)
 
 
-def test_killed_interrupted_and_resumed_is_bit_identical(uninterrupted, small, tmp_path):
+def test_killed_and_resumed_is_bit_identical(uninterrupted, small, tmp_path):
     folder, printed = uninterrupted
-    stop_after_epoch(train(small, tmp_path), tmp_path / "paper", 0, signal.SIGKILL)
-    interrupted = train(small, tmp_path, "--resume")
-    error = stop_after_epoch(interrupted, tmp_path / "paper", 1, signal.SIGINT)
-    assert interrupted.returncode == 130 and "--resume" in error and "Traceback" not in error
+    kill_after_epoch(train(small, tmp_path), tmp_path / "paper", 1)
     resumed = train(small, tmp_path, "--resume")
     printed_then, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
