@@ -9,8 +9,6 @@ stays in the folder that the last line names.
 """
 
 import contextlib
-import hashlib
-import io
 import os
 import random
 import shutil
@@ -18,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +23,22 @@ from typing import Annotated, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}  # one thread: the same sums in the same order
+os.environ["OMP_NUM_THREADS"] = "1"  # one thread: the same sums in the same order
 
 import numpy as np
 import torch
-from http_server import Server, stop_after
 
-import get_data
 from lib.common import InputError, Range, run, settings_from_command_line
 
 
 @dataclass(frozen=True)
 class Settings:
-    kills: Annotated[int, Range(0)] = 100  # of each of the three long scripts
+    kills: Annotated[int, Range(0)] = 100  # of each script
     seed: Annotated[int, Range(0)] = 1337  # of the kills' instants
-    only: tuple[Literal["get_data", "gen_spectrograms", "trainer"], ...] = ("get_data", "gen_spectrograms", "trainer")
+    only: tuple[Literal["gen_spectrograms", "trainer"], ...] = ("gen_spectrograms", "trainer")
 
 
-COMMANDS = {  # each runs in a copy of Good's folder "inputs"
-    "get_data": "get_data.py --data got --md5sums md5sums.txt --attempts 1000 --pause 0 --hosts",  # and an address
+COMMANDS = {  # each runs in a copy of make_inputs' folder
     "gen_spectrograms": "gen_spectrograms.py --data . --n-chunks 4",
     "trainer": "trainer.py --data music --experiments . --name tiny --resume --train-size 8 --validation-size 4 "
     "--epochs 3 --batch-size 2 --super-batch-size 4",
@@ -55,8 +49,8 @@ SCRIPT_SECONDS = 120  # more is a hang
 def main():
     settings = settings_from_command_line(Settings, __doc__)
     folder = Path(tempfile.mkdtemp(prefix="stress-"))
-    good = Good(folder / "good")
-    tallies = {script: kill_script(script, good, folder / script, settings) for script in settings.only}
+    make_inputs(folder / "inputs")
+    tallies = {script: kill_script(script, folder, settings) for script in settings.only}
     total = sum(tallies.values(), Counter())
     print(f"{total['kills']} kills, {total['differences']} differences, {total['hangs']} hangs")
     if total["differences"] or total["hangs"]:
@@ -64,45 +58,18 @@ def main():
     shutil.rmtree(folder)
 
 
-class Good:
-    """What the scripts get: a host that drops connections, and a folder of clips, some of them bad, and a dump."""
-
-    def __init__(self, folder):
-        folder.mkdir()
-        complete(folder, "get_data.py --demo --demo-clips 16 --data .")
-        complete(folder, "gen_spectrograms.py --data demo --n-chunks 2")
-        self.music, self.inputs = folder / "demo", folder / "inputs"
-        self.serve()
-        self.fill_inputs()
-
-    def serve(self):
-        """Start a host, for as long as this process lives, that drops connections, so that a download takes a while."""
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as file:
-            for n in range(200):
-                file.writestr(f"{n % 16:x}/clip{n}.mp3", random.Random(n).randbytes(20_000))
-        content, cuts = archive.getvalue(), (0, 2_000_001, -30_000, None)  # half of the last part is the directory
-        self.downloads = {part: content[cuts[n] : cuts[n + 1]] for n, part in enumerate(get_data.PARTS)}
-        self.downloads["annotations_final.csv"] = (self.music / "tags.csv").read_bytes()
-        self.downloads["clip_info_final.csv"] = (self.music / "clip_info_final.csv").read_bytes()
-        server = Server(self.downloads).__enter__()
-        server.tricks.update((name, [stop_after(100_000)] * 100_000) for name in self.downloads)
-        COMMANDS["get_data"] += f" {server.url}"
-
-    def fill_inputs(self):
-        """Fill the folder of what the scripts need. Of its clips some are bad, too few for an error."""
-        shutil.copytree(self.music, self.inputs / "music", copy_function=os.symlink)
-        write_md5sums(self.inputs / "md5sums.txt", self.downloads)
-        (self.inputs / "clip.mp3").write_bytes(next(self.music.glob("?/*.mp3")).read_bytes()[:50_000])
-        (self.inputs / "empty.mp3").touch()
-        clips = sorted(str(path.relative_to(self.inputs)) for path in self.inputs.glob("music/?/*.mp3"))
-        paths = [*clips, "clip.mp3", "missing.mp3", *clips, "empty.mp3", "clip.mp3", *clips[:6]]
-        rows = [f"{number}\t{number % 2}\t{path}\n" for number, path in enumerate(paths)]
-        (self.inputs / "tags.csv").write_text("clip_id\tguitar\tmp3_path\n" + "".join(rows))
-
-
-def write_md5sums(path, files):
-    path.write_text("".join(f"{hashlib.md5(content).hexdigest()}  {name}\n" for name, content in files.items()))
+def make_inputs(folder):
+    """Make the folder of what the scripts need: a dump, and a table of clips, of which too few are bad for an error."""
+    folder.mkdir()
+    complete(folder, "get_data.py --demo --demo-clips 16 --data .")
+    complete(folder, "gen_spectrograms.py --data demo --n-chunks 2")
+    (folder / "demo").rename(folder / "music")
+    clips = sorted(str(path.relative_to(folder)) for path in folder.glob("music/?/*.mp3"))
+    (folder / "clip.mp3").write_bytes((folder / clips[0]).read_bytes()[:50_000])
+    (folder / "empty.mp3").touch()
+    paths = [*clips, "clip.mp3", "missing.mp3", *clips, "empty.mp3", "clip.mp3", *clips[:6]]
+    rows = [f"{number}\t{number % 2}\t{path}\n" for number, path in enumerate(paths)]
+    (folder / "tags.csv").write_text("clip_id\tguitar\tmp3_path\n" + "".join(rows))
 
 
 def frozen(tree):
@@ -142,18 +109,16 @@ def living(leader):
     return [int(pid) for pid, state in map(str.split, ps.stdout.splitlines()) if state[0] not in "ZX"]
 
 
-def kill_script(script, good, folder, settings):
+def kill_script(script, folder, settings):
     """Kill a script `settings.kills` times, comparing what there is whenever it gets to its end; return the tally."""
     rng, tally = random.Random(f"{settings.seed} {script}"), Counter()
-    shutil.copytree(good.inputs, folder, symlinks=True)
+    undisturbed = shutil.copytree(folder / "inputs", folder / script)
     began = time.monotonic()
-    complete(folder, COMMANDS[script])
-    seconds, expected = time.monotonic() - began, left_in(folder)
+    complete(undisturbed, COMMANDS[script])
+    seconds, expected = time.monotonic() - began, left_in(undisturbed)
     while tally["kills"] < settings.kills:
-        case = folder.with_name(f"{script}-{tally['kills']}")
-        shutil.copytree(good.inputs, case, symlinks=True)
-        two_at_once = script != "get_data" and rng.random() < 0.3
-        second = [start(case, COMMANDS[script], stdout=os.devnull)] if two_at_once else []
+        case = shutil.copytree(folder / "inputs", folder / f"{script}-{tally['kills']}")
+        second = [start(case, COMMANDS[script], stdout=os.devnull)] if rng.random() < 0.3 else []
         processes = [*second, start(case, COMMANDS[script])]
         while tally["kills"] < settings.kills and kill_within(seconds, processes[-1], rng):
             tally["kills"] += 1
