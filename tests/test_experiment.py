@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
+import tags
 import trainer
 from conftest import write_dump
 from lib.checkpoint import load_checkpoint
@@ -107,7 +108,7 @@ def test_the_defaults_are_the_originals():
     assert (settings.train_size, settings.validation_size, settings.seed, settings.n_tags) == (18000, 2000, 1337, 50)
     assert (settings.epochs, settings.batch_size, settings.super_batch_size) == (40, 32, 3000)
     assert (settings.split, settings.normalize_on, settings.precision) == ("random", "all", "float32")
-    assert settings.merge_tags
+    assert settings.merge_tags and (tags.Settings().n_tags, tags.Settings().merge_tags) == (50, True)
     rates = [learning_rate_at(epoch, settings) for epoch in range(1, 41)]
     assert rates == [1e-3] * 20 + [1e-4] * 10 + [1e-5] * 5 + [1e-6] * 5
 

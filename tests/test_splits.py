@@ -91,6 +91,8 @@ def test_no_artist_is_in_two_parts_and_sizes_are_near():
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not set(artists[parts[one]]) & set(artists[parts[other]])
     assert abs(len(parts[1]) - 150) <= 5 and abs(len(parts[2]) - 450) <= 5
+    equal = split_by_artist(np.arange(20) // 2, 12, 4, np.random.RandomState(1))
+    assert [len(part) for part in equal] == [12, 4, 4], "an artist that just fits is taken"
     others = split_by_artist(artists, 1400, 150, np.random.RandomState(2))
     assert set(others[2]) != set(parts[2]), "the generator chooses the artists"
     by_folder = split_by_folder([f"{row % 16:x}/{row}.mp3" for row in range(99)], np.random.RandomState(1))

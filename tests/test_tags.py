@@ -105,8 +105,8 @@ def test_clip_info_is_found_by_id(tmp_path):
 
 
 def test_the_script_prints_the_tags(run_script, tmp_path):
-    written(tmp_path, TABLE)
-    lines = run_script("tags.py", "--data", tmp_path).stdout.splitlines()
-    assert "2 clips, 3 tags" in lines[0]
-    assert [line.split() for line in lines[1:3]] == [["1", "guitar", "1", "50.0%"], ["2", "no", "beat", "1", "50.0%"]]
+    written(tmp_path, TABLE + "8\t1\t0\t1\tc/8.mp3\n9\t0\t0\t0\td/9.mp3\n")
+    first, *tags, last = run_script("tags.py", "--data", tmp_path).stdout.splitlines()
+    assert "4 clips, 3 tags" in first and last.startswith("1 clips have none")
+    assert [line.split() for line in tags] == [["1", "guitar", "2", "50.0%"], ["2", "no", "beat", "1", "25.0%"]]
     assert run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr.count("\n") == 1
