@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import evaluate
+from lib import scores
 from conftest import write_clip_info, write_dump
 from lib.audio import FRONT_END
 from lib.baseline import baseline_predictions
@@ -21,7 +23,6 @@ from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError
 from lib.dump import Dump
 from lib.parallel import autocast
-from lib.scores import scores_of
 from lib.tagger import network_of
 from model import MultiScaleCNN, initialize
 
@@ -86,8 +87,24 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     of_clips = [roc_auc_score(*clip) for clip in zip(labels, probabilities) if 0 < sum(clip[0]) < 3]
     assert test["clip_roc_auc"] == pytest.approx(np.mean(of_clips))
     tagged = [clip for clip in zip(labels, probabilities) if any(clip[0])]
+    assert set(test["precision_at"]) == {"1", "3", "5"}
     assert test["precision_at"]["1"] == pytest.approx(np.mean([label[np.argmax(values)] for label, values in tagged]))
     assert test["precision_at"]["3"] == pytest.approx(np.mean([label.mean() for label, _ in tagged]))
+
+    of, its = "{value:.4f} [{low:.4f}, {high:.4f}]".format_map, test["baseline"]
+    printed = re.sub(" +", " ", done.stdout.partition("\ntest, 11 clips")[2])
+    for line in (
+        f"\n ROC-AUC {of(test['roc_auc'])} macro over tags\n",
+        f"\n average precision {of(test['average_precision'])} macro over tags\n",
+        f" within a clip ROC-AUC {test['clip_roc_auc']:.4f}; precision {test['precision_at']['1']:.4f} at 1, ",
+        f" baseline ROC-AUC {of(its['roc_auc'])}, average precision {of(its['average_precision'])}\n",
+        f" network - baseline ROC-AUC {of(its['network_minus_baseline']['roc_auc'])}",
+    ):
+        assert line in printed
+    found = re.findall(r"^(slow|guitar|flute) +(\d+) \(.*?%\) +([\d.]+) .*?\] +([\d.]+) ", done.stdout, re.MULTILINE)
+    best_first = sorted(test["tags"], key=lambda row: -row["roc_auc"])
+    shown = ("{tag} {positives} {roc_auc:.3f} {average_precision:.3f}".format_map(row) for row in best_first)
+    assert found == [tuple(row.split()) for row in shown]
 
     table = list(csv.DictReader((evaluated / "per_tag.csv").open()))
     assert [(row["part"], row["tag"]) for row in table[3:]] == [("test", tag) for tag in ("slow", "guitar", "flute")]
@@ -187,7 +204,7 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     for name in ("one", "same", "seen"):
         (tmp_path / name).mkdir()
         make_checkpoint(tmp_path / name / "best.pt", dump=fingerprint)
-    clip_ids = ids_of(train=(110, 133), validation=(104, 110), test=(133, 141))
+    clip_ids = ids_of(train=(110, 133), validation=(104, 110), test=(102, 104))  # 3 of one's test, 2 of its training
     make_checkpoint(tmp_path / "seen/best.pt", dump=fingerprint, clip_ids=clip_ids)
     arguments = ["--device", "cpu", "--data", evaluated, "--experiments", tmp_path, "--resamples", 20, "--name", "one"]
     done = call_script("evaluate.py", *arguments, "--against", "same")
@@ -205,10 +222,25 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     expected = roc_auc_score(labels, ours) - roc_auc_score(labels, theirs)
     assert expected != 0 and comparison["roc_auc"]["value"] == pytest.approx(expected)
     by_track = np.arange(29, 40) // 2, 20, evaluate.Settings().seed
-    both = (scores_of(labels, probabilities, *by_track) for probabilities in (ours, theirs))
+    both = (scores.scores_of(labels, probabilities, *by_track) for probabilities in (ours, theirs))
     assert comparison["roc_auc"] == pytest.approx(next(both).minus(next(both)).macro()["roc_auc"])
     refused = call_script("evaluate.py", *arguments, "--against", "seen", status=1).stderr
-    assert "3 test clips of one trained, or chose, the other" in refused and refused.count("\n") == 1
+    assert "5 test clips of one trained, or chose, the other" in refused and refused.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [(0.1, 0.3, "one is better"), (-0.3, -0.1, "two is better"), (-0.1, 0.3, "these clips cannot tell which of one")],
+)
+def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, verdict, capsys):
+    macro = dict.fromkeys(scores.SCORES, {"value": 0.2, "low": low, "high": high})
+    tag = {"tag": "slow", "roc_auc": 0.2, "roc_auc_low": low, "roc_auc_high": high}
+    evaluate.print_comparison({"name": "one", "against": "two", "clips": 9, "intervals": "", "tags": [tag], **macro})
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith(verdict) and ("differs clearly" in printed) == ("better" in verdict)
+    part = {"clips": 9, **macro, "clip_roc_auc": 0.5, "precision_at": {}, "one_class": [], "leakage": None}
+    evaluate.print_part("test", {**part, "baseline": {**macro, "network_minus_baseline": macro}})
+    assert ("not clearly better than a logistic" in capsys.readouterr().out) == (low < 0)
 
 
 def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
+import evaluate
 import tags
 import trainer
 from conftest import write_dump
@@ -109,6 +110,7 @@ def test_the_defaults_are_the_originals():
     assert (settings.epochs, settings.batch_size, settings.super_batch_size) == (40, 32, 3000)
     assert (settings.split, settings.normalize_on, settings.precision) == ("random", "all", "float32")
     assert settings.merge_tags and (tags.Settings().n_tags, tags.Settings().merge_tags) == (50, True)
+    assert (evaluate.Settings().resamples, evaluate.Settings().seed) == (1000, 1337)
     rates = [learning_rate_at(epoch, settings) for epoch in range(1, 41)]
     assert rates == [1e-3] * 20 + [1e-4] * 10 + [1e-5] * 5 + [1e-6] * 5
 

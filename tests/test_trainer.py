@@ -221,3 +221,4 @@ def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_
     assert "validation ROC-AUC undefined (epoch 1), test ROC-AUC undefined" in done.stdout
     done = call_script("evaluate.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path)
     assert "ROC-AUC            undefined" in done.stdout and "nan" not in done.stdout
+    json.loads((tmp_path / "paper/results.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
