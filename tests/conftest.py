@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +25,6 @@ from lib.dump import ChunkWriter, MANIFEST, divide
 from tags import read_annotations
 
 SHARED = ROOT.parent / "shared"
-
-# A shell's background job ignores Ctrl-C and hands that on to the scripts it starts, which tests interrupt
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
