@@ -4,7 +4,7 @@ Each mutant is a text of the program, its replacement, and the tests that should
 copy of this checkout, where what they need from outside it (the real clips) is missing, as in a clean clone. Prints a
 table in Markdown; the exit status is 1 if a mutant lives that is not known to be equivalent to the program.
 
-    python tests/mutants.py                           all of them, in about half an hour on 2 cores
+    python tests/mutants.py                           all of them, in 15 to 30 minutes on 2 cores
     python tests/mutants.py --only model.py splits    those whose file or text contains one of these words
 """
 
