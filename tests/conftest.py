@@ -75,7 +75,7 @@ def shared():
 def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar", "flute", "slow")):
     """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it.
 
-    Clips of one track, so many in a row, have the same tags.
+    Clips of one track, so many in a row, have the same tags. `names` are those of the first three.
     """
     rng = np.random.RandomState(seed)
     names = [*names, *(f"tag {tag}" for tag in range(4, n_tags + 1))]

@@ -1,4 +1,4 @@
-"""Kill the long scripts at random instants. Run by hand; pytest leaves it alone.
+"""Kill gen_spectrograms.py and trainer.py at random instants. Run by hand; pytest leaves it alone.
 
 A script, or one of its workers, is killed and started anew with the same command until it is done; sometimes a second
 run of the same command is at work meanwhile. What is left has to be what an undisturbed run leaves. Whatever fails
@@ -59,7 +59,7 @@ def main():
 
 
 def make_inputs(folder):
-    """Make the folder of what the scripts need: a dump, and a table of clips, of which too few are bad for an error."""
+    """Make the folder of what the scripts need: a dump, and a table of clips; too few of them are bad for an error."""
     folder.mkdir()
     complete(folder, "get_data.py --demo --demo-clips 16 --data .")
     complete(folder, "gen_spectrograms.py --data demo --n-chunks 2")

@@ -15,8 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import evaluate
-from lib import scores
 from conftest import write_clip_info, write_dump
+from lib import scores
 from lib.audio import FRONT_END
 from lib.baseline import baseline_predictions
 from lib.checkpoint import load_checkpoint, save
@@ -91,14 +91,14 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     assert test["precision_at"]["1"] == pytest.approx(np.mean([label[np.argmax(values)] for label, values in tagged]))
     assert test["precision_at"]["3"] == pytest.approx(np.mean([label.mean() for label, _ in tagged]))
 
-    of, its = "{value:.4f} [{low:.4f}, {high:.4f}]".format_map, test["baseline"]
+    of, baseline = "{value:.4f} [{low:.4f}, {high:.4f}]".format_map, test["baseline"]
     printed = re.sub(" +", " ", done.stdout.partition("\ntest, 11 clips")[2])
     for line in (
         f"\n ROC-AUC {of(test['roc_auc'])} macro over tags\n",
         f"\n average precision {of(test['average_precision'])} macro over tags\n",
         f" within a clip ROC-AUC {test['clip_roc_auc']:.4f}; precision {test['precision_at']['1']:.4f} at 1, ",
-        f" baseline ROC-AUC {of(its['roc_auc'])}, average precision {of(its['average_precision'])}\n",
-        f" network - baseline ROC-AUC {of(its['network_minus_baseline']['roc_auc'])}",
+        f" baseline ROC-AUC {of(baseline['roc_auc'])}, average precision {of(baseline['average_precision'])}\n",
+        f" network - baseline ROC-AUC {of(baseline['network_minus_baseline']['roc_auc'])}",
     ):
         assert line in printed
     found = re.findall(r"^(slow|guitar|flute) +(\d+) \(.*?%\) +([\d.]+) .*?\] +([\d.]+) ", done.stdout, re.MULTILINE)
@@ -222,8 +222,8 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     expected = roc_auc_score(labels, ours) - roc_auc_score(labels, theirs)
     assert expected != 0 and comparison["roc_auc"]["value"] == pytest.approx(expected)
     by_track = np.arange(29, 40) // 2, 20, evaluate.Settings().seed
-    both = (scores.scores_of(labels, probabilities, *by_track) for probabilities in (ours, theirs))
-    assert comparison["roc_auc"] == pytest.approx(next(both).minus(next(both)).macro()["roc_auc"])
+    ours, theirs = (scores.scores_of(labels, probabilities, *by_track) for probabilities in (ours, theirs))
+    assert comparison["roc_auc"] == pytest.approx(ours.minus(theirs).macro()["roc_auc"])
     refused = call_script("evaluate.py", *arguments, "--against", "seen", status=1).stderr
     assert "5 test clips of one trained, or chose, the other" in refused and refused.count("\n") == 1
 

@@ -93,12 +93,11 @@ def test_the_networks_own_dropout_and_batch_norm_are_the_papers():
 
 def test_batch_norm_sees_the_convolutions_features_and_the_hidden_layer_what_dropout_leaves():
     net, seen = network().train(), {}
-    names = "joined", "batch_norm", "dropout", "hidden"
-    for name in names:
-        hook = lambda layer, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
-        getattr(net, name).register_forward_hook(hook)
+    layers = net.joined, net.batch_norm, net.dropout, net.hidden
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.update({layer: (inputs[0], output)}))
     net(four_clips()[:2])
-    for before, after in zip(names, names[1:]):
+    for before, after in zip(layers, layers[1:]):
         assert torch.equal(seen[before][1], seen[after][0]), f"{before} feeds {after}"
 
 
