@@ -1,8 +1,8 @@
 """Turn the annotated clips into log-mel spectrograms: one dump that training maps into memory.
 
-Reads tags.csv and the mp3 files beside it. Writes spectrograms_0.npy ... spectrograms_7.npy, ids.npy, tags.npy,
-tag_names.npy, mp3_paths.npy, bad_clips.csv and dump.json, which says what the dump was made from. Interrupted,
-the same command goes on after the last complete clip.
+Reads tags.csv, or annotations_final.csv, and the mp3 files beside it. Writes spectrograms_0.npy ...
+spectrograms_7.npy, ids.npy, tags.npy, tag_names.npy, mp3_paths.npy, bad_clips.csv and dump.json, which says what the
+dump was made from. Interrupted, the same command goes on after the last complete clip.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from lib.common import ROOT, InputError, Range, lock, naming, progress, reason, 
 from lib.common import settings_from_command_line, whole_file, write_table
 from lib.dump import CLIP_BYTES, FILES, MANIFEST, ChunkWriter, Dump, crc_of_file
 from lib.dump import delete_dump, divide, read_manifest, write_manifest
-from tags import read_annotations
+from tags import annotations_file, read_annotations
 
 
 @dataclass(frozen=True)
 class Settings:
-    data: Path = ROOT / "data"  # folder with tags.csv and the audio; the dump is written there
+    data: Path = ROOT / "data"  # folder with the annotations and the audio; the dump is written there
     n_chunks: Annotated[int, Range(1, 256)] = 8  # files that the dump is divided into, and worker processes
     chunks: Annotated[tuple[int, ...], Range(0, 255)] = ()  # make only these (several machines, a job array); none: all
     overwrite: bool = False  # delete the dump in the folder and start over
@@ -40,9 +40,9 @@ TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
-    annotations_file = settings.data / "tags.csv"
-    annotations = read_annotations(annotations_file)
-    plan = plan_dump(annotations_file, annotations, settings.n_chunks)
+    table = annotations_file(settings.data)
+    annotations = read_annotations(table)
+    plan = plan_dump(table, annotations, settings.n_chunks)
     chunks = divide(settings.data, plan["n_clips"], settings.n_chunks)
     chosen = settings.chunks or range(settings.n_chunks)
     if max(chosen) >= settings.n_chunks:
@@ -56,10 +56,10 @@ def main():
         print_summary(settings.data, manifest, chunks)
 
 
-def plan_dump(annotations_file, annotations, n_chunks):
+def plan_dump(table, annotations, n_chunks):
     """Return what a dump made now would be made from; dumps that differ in any of it are never mixed."""
     return {
-        "annotations_sha256": hashlib.sha256(annotations_file.read_bytes()).hexdigest(),
+        "annotations_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
         "n_clips": len(annotations.ids),
         "n_chunks": n_chunks,
         "front_end": FRONT_END,

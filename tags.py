@@ -15,7 +15,7 @@ from lib.common import ROOT, InputError, Range, run, settings_from_command_line
 
 @dataclass(frozen=True)
 class Settings:
-    data: Path = ROOT / "data"  # folder with tags.csv
+    data: Path = ROOT / "data"  # folder with tags.csv or annotations_final.csv
     n_tags: Annotated[int, Range(1)] = 50  # how many of the most frequent tags to keep
     merge_tags: bool = True  # merge synonyms first
 
@@ -66,12 +66,18 @@ class Annotations(NamedTuple):
 
 def main():
     settings = settings_from_command_line(Settings, __doc__)
-    annotations = read_annotations(settings.data / "tags.csv")
+    annotations = read_annotations(annotations_file(settings.data))
     labels, names = select_tags(annotations.labels, annotations.tag_names, settings.n_tags, settings.merge_tags)
     print(f"{len(labels):,} clips, {len(annotations.tag_names)} tags; the {len(names)} that training would use:")
     for rank, (name, count) in enumerate(zip(names, labels.sum(axis=0, dtype=int)), start=1):
         print(f"{rank:4}  {name:<24}{count:>8,}{count / len(labels):>8.1%}")
     print(f"{np.sum(~labels.any(axis=1)):,} clips have none of these tags")
+
+
+def annotations_file(data):
+    """Return the table in a data folder: tags.csv or, where that is missing, MagnaTagATune's annotations_final.csv."""
+    tags, annotations_final = data / "tags.csv", data / "annotations_final.csv"
+    return annotations_final if annotations_final.exists() and not tags.exists() else tags
 
 
 def read_annotations(path):
@@ -127,7 +133,8 @@ def _read_table(path):
             reader = csv.reader(file, delimiter="\t", strict=True)
             lines = [(reader.line_num, fields) for fields in reader if fields]
     except FileNotFoundError:
-        raise InputError(f"{path}: not there; get_data.py fetches it, --data names another folder") from None
+        either = f"{path}, or annotations_final.csv" if path.name == "tags.csv" else path
+        raise InputError(f"{either}: not there; get_data.py fetches it, --data names another folder") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
     if len(lines) < 2:

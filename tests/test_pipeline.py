@@ -7,7 +7,7 @@ import numpy as np
 
 from http_server import Server
 from lib.demo import render
-from test_get_data import make_files, make_zip, md5
+from test_get_data import make_zip, md5sums
 
 N_CLIPS = 12
 
@@ -17,12 +17,15 @@ def test_from_download_to_test_score(tmp_path, run_script, call_script, monkeypa
     rendered = tmp_path / "demo"
     render(rendered, n_clips=N_CLIPS, seed=1)
     clips = {str(clip.relative_to(rendered)): clip.read_bytes() for clip in rendered.glob("?/*.mp3")}
-    files = make_files(make_zip(clips)) | {
+    files = {
         "annotations_final.csv": (rendered / "tags.csv").read_bytes(),
         "clip_info_final.csv": (rendered / "clip_info_final.csv").read_bytes(),
+        "mp3.zip": make_zip(clips),
     }
-    (tmp_path / "md5sums").write_text("".join(f"{md5(content)}  {name}\n" for name, content in files.items()))
+    (tmp_path / "md5sums").write_text(md5sums(files))
     data, experiments = tmp_path / "data", tmp_path / "experiments"
+    data.mkdir()
+    (data / "annotations_final.csv").write_bytes(files.pop("annotations_final.csv"))  # as other programs leave it
 
     with Server(files) as server:
         run_script("get_data.py", "--data", data, "--hosts", server.url, "--md5sums", tmp_path / "md5sums")

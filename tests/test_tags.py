@@ -105,8 +105,13 @@ def test_clip_info_is_found_by_id(tmp_path):
 
 
 def test_the_script_prints_the_tags(run_script, tmp_path):
-    written(tmp_path, TABLE + "8\t1\t0\t1\tc/8.mp3\n9\t0\t0\t0\td/9.mp3\n")
+    """Of annotations_final.csv only as long as there is no tags.csv."""
+    table = written(tmp_path, TABLE + "8\t1\t0\t1\tc/8.mp3\n9\t0\t0\t0\td/9.mp3\n")
+    table.rename(tmp_path / "annotations_final.csv")
     first, *tags, last = run_script("tags.py", "--data", tmp_path).stdout.splitlines()
     assert "4 clips, 3 tags" in first and last.startswith("1 clips have none")
     assert [line.split() for line in tags] == [["1", "guitar", "2", "50.0%"], ["2", "no", "beat", "1", "25.0%"]]
-    assert run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr.count("\n") == 1
+    written(tmp_path, TABLE)
+    assert "2 clips, 3 tags" in run_script("tags.py", "--data", tmp_path).stdout
+    error = run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr
+    assert "nowhere/tags.csv, or annotations_final.csv: not there" in error and error.count("\n") == 1

@@ -1,0 +1,189 @@
+"""Fetch files from several hosts, none of which is trusted: a file is believed when its MD5 is right."""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+from tqdm import tqdm
+
+from lib.common import InputError, naming, progress, reason
+
+CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when the script is killed
+WINDOW = 30  # seconds over which the rate is taken
+SLOWEST = 30_000  # bytes a second; a host that is slower for two windows gives way to one that is untried
+LONGEST_PAUSE = 60  # seconds, however many attempts failed
+
+
+class Piece(NamedTuple):
+    """Bytes `begin` to `end` of a file. A host has the file, or its pieces as files with these names."""
+
+    name: str
+    begin: int
+    end: int
+    md5: str
+
+
+@dataclass
+class Host:
+    url: str  # of the folder with the files; ends with /
+    timeout: float  # seconds without a byte after which a connection has failed
+    verify: bool = True  # its certificate
+    fault: str | None = None  # why it sends no more; None: it is untried
+
+    def stream(self, whole, piece, position):
+        """Yield the bytes of a piece from `position` in the whole file on. If it ends early, `fault` says why."""
+        self.fault = "it sent nothing"
+        refusals = []
+        try:
+            for name, begin in {whole.name: 0, piece.name: piece.begin}.items():
+                with self.get(name, position - begin, piece.end - begin) as response:
+                    status, kind = response.status_code, response.headers.get("Content-Type", "")
+                    if status in (200, 206) and "html" not in kind:  # a web page says that the file is not there
+                        skip = position - begin if status == 200 else 0  # all of the file: servers may ignore Range
+                        while chunk := response.raw.read1(CHUNK):
+                            if chunk[skip:]:
+                                yield chunk[skip:]
+                            skip = max(0, skip - len(chunk))
+                        return
+                    refusals.append(f"{name}: {status} {response.reason} {kind}".strip())
+            self.fault = ", ".join(refusals)
+        except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
+            self.fault = re.sub(r"\?\S*", "", reason(error))  # the query of a redirect's address may be a signature
+
+    def get(self, name, begin, end):
+        """Return the answer to a request for bytes `begin` to `end` of a file, whatever the certificate."""
+        # A server that compressed the file would count other bytes.
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
+        try:
+            return requests.get(self.url + name, headers=headers, timeout=self.timeout, stream=True, verify=self.verify)
+        except requests.exceptions.SSLError as error:
+            if not self.verify or "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise
+        tqdm.write(f"{self.url}: a certificate cannot be verified; going on, as nothing is believed but a file's MD5")
+        requests.packages.urllib3.disable_warnings()  # they would say so for every request
+        self.verify = False
+        return self.get(name, begin, end)
+
+
+def fetch(path, pieces, hosts, attempts, pause):
+    """Bring a file to `path`, unless it is there. `pieces`: the whole file and its parts, if some hosts have those.
+
+    A part that a person has put beside it is used. Each host gets so many `attempts`, and after all have failed there
+    is a `pause` in seconds, which doubles. Raises InputError if all fail, or a file that is there has another MD5.
+    """
+    whole, *parts = pieces
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        with naming(partial), open(partial, "ab") as output:
+            for piece in parts or [whole]:
+                copy_part(output, piece)
+                complete(output, whole, piece, hosts, attempts, pause)
+            output.truncate(whole.end)
+        os.replace(partial, path)
+    require_md5(path, whole.md5)
+    print(f"{path}: complete")
+
+
+def require_md5(path, md5):
+    if (found := digest(path)) != md5:  # a person's: we give files their names when they are right
+        raise InputError(f"{path} has MD5 {found}, not {md5}: move it away, and it will be fetched anew")
+
+
+def digest(path, begin=0, end=None):
+    """Return the MD5 of a file's bytes `begin` to `end`."""
+    md5 = hashlib.md5()
+    with open(path, "rb") as file:
+        file.seek(begin)
+        while chunk := file.read(CHUNK if end is None else min(CHUNK, end - file.tell())):
+            md5.update(chunk)
+    return md5.hexdigest()
+
+
+def copy_part(output, piece):
+    part = Path(output.name).with_name(piece.name)
+    if part.exists() and output.tell() < piece.end:
+        require_md5(part, piece.md5)
+        cut(output, piece.begin)
+        with open(part, "rb") as file:
+            shutil.copyfileobj(file, output)
+        output.flush()
+
+
+def cut(output, size):
+    output.seek(size)
+    output.truncate()
+
+
+def complete(output, whole, piece, hosts, attempts, pause):
+    """Append to `output` what it lacks of a piece. The hosts take turns; one that fails is put last in `hosts`."""
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(min(pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+        for host in tuple(hosts):
+            if receive(output, whole, piece, host, hosts):
+                return
+            print(f"{piece.name} from {host.url}: {host.fault}")
+            hosts.append(hosts.pop(0))
+    faults = "; ".join(f"{host.url}: {host.fault}" for host in hosts)
+    raise InputError(
+        f"{piece.name} could not be fetched ({faults}): run the same command later, or first put {whole.name} (MD5 "
+        f"{whole.md5}) into {Path(output.name).parent} by hand"
+    )
+
+
+def receive(output, whole, piece, host, hosts):
+    """Let a host append what `output` lacks of a piece, over as many connections as each bring some of it.
+
+    Returns whether the piece is complete and right then; if not, `host.fault` says why.
+    """
+    begun, failed = output.tell(), False
+    with Watch(f"{whole.name} from {urlsplit(host.url).netloc}", begun, whole.end) as watch:
+        while (position := output.tell()) < piece.end:
+            for chunk in host.stream(whole, piece, position):
+                output.write(chunk[: piece.end - output.tell()])
+                output.flush()
+                watch.update(output.tell())
+                if watch.n_slow > 1 and any(other.fault is None for other in hosts):
+                    host.fault = f"only {watch.rate / 1e3:.0f} KB/s"
+                    return False
+                if output.tell() == piece.end:
+                    break
+            if output.tell() == position and (failed or position == begun):
+                return False
+            failed = output.tell() == position  # once, as where a redirect's signature has expired: it is asked again
+    if digest(output.name, piece.begin, piece.end) == piece.md5:
+        return True
+    cut(output, piece.begin)
+    host.fault = "wrong MD5"
+    # Where others sent some of it, the wrong bytes may be theirs: once more, all of it from this host.
+    return begun > piece.begin and receive(output, whole, piece, host, hosts)
+
+
+class Watch(contextlib.AbstractContextManager):
+    """Shows how a file grows: a bar or, where the output is no terminal, a line for each WINDOW."""
+
+    def __init__(self, title, done, total):
+        self.bar = progress(desc=title, total=total, initial=done, unit="B", unit_scale=True)
+        self.title, self.total, self.before, self.since = title, total, done, time.monotonic()
+        self.rate = self.n_slow = 0  # bytes a second in the last window, windows in a row below SLOWEST
+
+    def update(self, done):
+        self.bar.update(done - self.bar.n)
+        if (seconds := time.monotonic() - self.since) > WINDOW:
+            self.rate = (done - self.before) / seconds
+            self.n_slow = self.n_slow + 1 if self.rate < SLOWEST else 0
+            self.before, self.since = done, time.monotonic()
+            if self.bar.disable:
+                left = tqdm.format_interval((self.total - done) / self.rate)
+                print(f"{self.title}: {done / self.total:.0%}, {self.rate / 1e3:,.0f} KB/s, {left} left")
+
+    def __exit__(self, *_):
+        self.bar.close()
