@@ -1,10 +1,10 @@
-"""Kill gen_spectrograms.py and trainer.py at random instants. Run by hand; pytest leaves it alone.
+"""Kill the long scripts at random instants. Run by hand; pytest leaves it alone.
 
 A script, or one of its workers, is killed and started anew with the same command until it is done; sometimes a second
-run of the same command is at work meanwhile. What is left has to be what an undisturbed run leaves. Whatever fails
-stays in the folder that the last line names.
+run of the same command is at work meanwhile, and get_data.py's files are damaged between a kill and the next start.
+What is left has to be what an undisturbed run leaves. Whatever fails stays in the folder that the last line names.
 
-    python tests/stress.py                  everything, in about a quarter of an hour
+    python tests/stress.py                  everything, in about 20 minutes
     python tests/stress.py --only trainer
 """
 
@@ -18,16 +18,20 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # one thread: the same sums in the same order
+os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}  # one thread: the same sums in the same order
 
 import numpy as np
 import torch
+from http_server import Server, behave
+from test_get_data import make_zip, md5sums
 
+from get_data import ARCHIVE, UNPACKED
 from lib.common import InputError, Range, run, settings_from_command_line
 
 
@@ -35,10 +39,11 @@ from lib.common import InputError, Range, run, settings_from_command_line
 class Settings:
     kills: Annotated[int, Range(0)] = 100  # of each script
     seed: Annotated[int, Range(0)] = 1337  # of the kills' instants
-    only: tuple[Literal["gen_spectrograms", "trainer"], ...] = ("gen_spectrograms", "trainer")
+    only: tuple[Literal["get_data", "gen_spectrograms", "trainer"], ...] = ("get_data", "gen_spectrograms", "trainer")
 
 
 COMMANDS = {  # each runs in a copy of make_inputs' folder
+    "get_data": "get_data.py --data got --md5sums md5sums.txt --pause 0 --hosts",  # and those of start_hosts
     "gen_spectrograms": "gen_spectrograms.py --data . --n-chunks 4",
     "trainer": "trainer.py --data music --experiments . --name tiny --resume --train-size 8 --validation-size 4 "
     "--epochs 3 --batch-size 2 --super-batch-size 4",
@@ -70,6 +75,39 @@ def make_inputs(folder):
     paths = [*clips, "clip.mp3", "missing.mp3", *clips, "empty.mp3", "clip.mp3", *clips[:6]]
     rows = [f"{number}\t{number % 2}\t{path}\n" for number, path in enumerate(paths)]
     (folder / "tags.csv").write_text("clip_id\tguitar\tmp3_path\n" + "".join(rows))
+    start_hosts(folder)
+
+
+def start_hosts(folder):
+    """Start two hosts that break off every connection: one has the archive whole, the other in parts."""
+    tables = {"annotations_final.csv": b"clip_id", "clip_info_final.csv": bytes(300_000)}
+    archive = make_zip({f"{n % 16:x}/{n}.mp3": random.Random(n).randbytes(20_000) for n in range(200)})
+    cuts = (0, 2_000_001, len(archive) - 30_000, None)  # half of the last part is the directory
+    parts = {f"{ARCHIVE}.00{n + 1}": archive[cuts[n] : cuts[n + 1]] for n in range(3)}
+    for files in (tables | {ARCHIVE: archive}, tables | parts):
+        server = Server(files).__enter__()
+        server.always = partial(behave, sent=100_000)
+        COMMANDS["get_data"] += f" {server.url}"
+    (folder / "md5sums.txt").write_text(md5sums(tables | {ARCHIVE: archive} | parts))
+
+
+def damage(folder, rng):
+    """Spoil an unfinished file of get_data.py's, or cut or remove a finished one, which it would refuse if spoiled."""
+    files = [path for path in folder.rglob("[!.]*") if path.is_file() and path.stat().st_size]
+    unfinished = [path for path in files if path.suffix == ".partial" or path.name == UNPACKED]
+    if not files:
+        return
+    path = rng.choice(rng.choice([unfinished or files, files]))
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content))
+    if path in unfinished:
+        flipped = content.copy()
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(rng.choice([flipped, content[:place], content + bytes(place)]))
+    elif path.suffix == ".mp3":
+        path.write_bytes(content[:place])
+    else:
+        path.unlink()
 
 
 def frozen(tree):
@@ -122,6 +160,8 @@ def kill_script(script, folder, settings):
         processes = [*second, start(case, COMMANDS[script])]
         while tally["kills"] < settings.kills and kill_within(seconds, processes[-1], rng):
             tally["kills"] += 1
+            if script == "get_data" and not second and rng.random() < 0.5:
+                damage(case / "got", rng)
             processes.append(start(case, COMMANDS[script]))
         hang = finish(*processes) is None
         if second and not hang:  # the last of the others may have left the work to it
