@@ -131,6 +131,7 @@ def unpack(data, md5):
     os.sync()  # the list says that they are on the disk
     with whole_file(data / UNPACKED, "w", encoding="utf-8") as file:
         file.writelines([*listed, md5])
+    print(f"{data}: {len(listed):,} clips unpacked")
 
 
 def clips_in(path):

@@ -36,6 +36,7 @@ class Host:
     url: str  # of the folder with the files; ends with /
     timeout: float  # seconds without a byte after which a connection has failed
     verify: bool = True  # its certificate
+    served: bool = False  # whether anything has come from it
     fault: str | None = None  # why it sends no more; None: it is untried
 
     def stream(self, whole, piece, position):
@@ -53,9 +54,11 @@ class Host:
                                 yield chunk[skip:]
                             skip = max(0, skip - len(chunk))
                         return
-                    refusals.append(f"{name}: {status} {response.reason} {kind}".strip())
+                    refusals.append(f"{name}: {kind if status in (200, 206) else f'{status} {response.reason}'}")
             self.fault = ", ".join(refusals)
         except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
+            while error.__context__:  # those of requests wrap several others around the cause
+                error = error.__context__
             self.fault = re.sub(r"\?\S*", "", reason(error))  # the query of a redirect's address may be a signature
 
     def get(self, name, begin, end):
@@ -156,9 +159,10 @@ def receive(output, whole, piece, host, hosts):
                     return False
                 if output.tell() == piece.end:
                     break
-            if output.tell() == position and (failed or position == begun):
+            if output.tell() == position and (failed or not host.served):
                 return False
             failed = output.tell() == position  # once, as where a redirect's signature has expired: it is asked again
+            host.served = True
     if digest(output.name, piece.begin, piece.end) == piece.md5:
         return True
     cut(output, piece.begin)

@@ -117,6 +117,11 @@ def test_fetches_everything_once_even_when_the_archive_is_deleted(fetch, whole):
     (fetch.data / "f/clip1.mp3").write_bytes(b"cut off")
     fetch(whole)
     assert whole.ranges["mp3.zip"] == 2 * asked["mp3.zip"]
+    (fetch.data / "mp3.zip").unlink()
+    unpacked = fetch.data / get_data.UNPACKED
+    unpacked.write_text(unpacked.read_text()[:-1] + "x")  # from another archive
+    fetch(whole)
+    assert whole.ranges["mp3.zip"] == 3 * asked["mp3.zip"]
 
 
 def test_one_host_goes_on_where_another_of_the_other_kind_stopped(fetch, whole, parts):
@@ -163,7 +168,7 @@ def test_goes_on_with_what_a_killed_run_left(fetch, whole):
 
 def test_a_bad_answer_costs_nothing(fetch, whole):
     put(fetch.data, {"mp3.zip.partial": ARCHIVE[:1000]})
-    page = answer(200, b"<html>", {"Content-Type": "text/html; charset=utf-8"})
+    page = answer(200, b"<html>" * 1000, {"Content-Type": "text/html; charset=utf-8"})
     whole.tricks["mp3.zip"] = [page, answer(503), redirect("http://[::1"), answer(200), answer(416)]
     fetch(whole)
     assert whole.ranges["mp3.zip"][:6] == [span(1000, ENDS[0])] * 6
@@ -205,24 +210,29 @@ def test_a_certificate_that_cannot_be_verified_is_one_line(fetch):
         assert fetch(server).count("a certificate cannot be verified") == 1
 
 
-def test_a_signature_in_a_redirect_expires(fetch, whole):
+def test_a_host_whose_redirects_expire_is_asked_again_before_another(fetch, whole, parts):
     """A signature is good for two requests, but the host gives each out three times."""
     used = Counter()
 
     def expire(handler, content):
         used[handler.query] += 1
-        (behave if used[handler.query] <= 2 else answer(403))(handler, content)
+        (stop_after(CHUNK) if used[handler.query] <= 2 else answer(403))(handler, content)
 
+    def send_there(handler, content):
+        redirect(f"{whole.url}{{}}?{sum(used.values()) // 3}")(handler, content)
+
+    whole.always = expire
     with Server(WHOLE) as front:
-        front.always = lambda handler, content: redirect(f"{whole.url}{{}}?{sum(used.values()) // 3}")(handler, content)
-        whole.always = partial(behave, sent=CHUNK)
-        fetch(front)
+        front.always = send_there
+        fetch(front, parts)
+    assert len(used) > 7 and not parts.ranges
 
 
 def test_a_signature_is_never_printed(fetch, whole):
-    whole.always = redirect(NOBODY + "{}?signature=secret")
-    printed = fetch(whole, status=1)
-    assert "Connection refused" in printed and "secret" not in printed
+    for address, fault in ((NOBODY, "Connection refused"), ("ftp://127.0.0.1/", "ftp://127.0.0.1/")):
+        whole.always = redirect(address + "{}?signature=secret")
+        printed = fetch(whole, status=1)
+        assert fault in printed and "secret" not in printed
 
 
 def test_no_host_delivers(fetch, whole):
