@@ -111,6 +111,7 @@ def digest(path, begin=0, end=None):
 
 
 def copy_part(output, piece):
+    """Put a piece into `output` from its own file, if a person has put that into the folder."""
     part = Path(output.name).with_name(piece.name)
     if part.exists() and output.tell() < piece.end:
         require_md5(part, piece.md5)
@@ -126,14 +127,14 @@ def cut(output, size):
 
 
 def complete(output, whole, piece, hosts, attempts, pause):
-    """Append to `output` what it lacks of a piece. The hosts take turns; one that fails is put last in `hosts`."""
+    """Append to `output` what it lacks of a piece. It is the first host's turn; one that fails becomes the last."""
     for attempt in range(attempts):
         if attempt:
             time.sleep(min(pause * 2 ** (attempt - 1), LONGEST_PAUSE))
-        for host in tuple(hosts):
-            if receive(output, whole, piece, host, hosts):
+        for _ in range(len(hosts)):
+            if receive(output, whole, piece, *hosts):
                 return
-            print(f"{piece.name} from {host.url}: {host.fault}")
+            print(f"{piece.name} from {hosts[0].url}: {hosts[0].fault}")
             hosts.append(hosts.pop(0))
     faults = "; ".join(f"{host.url}: {host.fault}" for host in hosts)
     raise InputError(
@@ -142,7 +143,7 @@ def complete(output, whole, piece, hosts, attempts, pause):
     )
 
 
-def receive(output, whole, piece, host, hosts):
+def receive(output, whole, piece, host, *others):
     """Let a host append what `output` lacks of a piece, over as many connections as each bring some of it.
 
     Returns whether the piece is complete and right then; if not, `host.fault` says why.
@@ -154,7 +155,7 @@ def receive(output, whole, piece, host, hosts):
                 output.write(chunk[: piece.end - output.tell()])
                 output.flush()
                 watch.update(output.tell())
-                if watch.n_slow > 1 and any(other.fault is None for other in hosts):
+                if watch.n_slow > 1 and any(other.fault is None for other in others):
                     host.fault = f"only {watch.rate / 1e3:.0f} KB/s"
                     return False
                 if output.tell() == piece.end:
@@ -168,7 +169,7 @@ def receive(output, whole, piece, host, hosts):
     cut(output, piece.begin)
     host.fault = "wrong MD5"
     # Where others sent some of it, the wrong bytes may be theirs: once more, all of it from this host.
-    return begun > piece.begin and receive(output, whole, piece, host, hosts)
+    return begun > piece.begin and receive(output, whole, piece, host, *others)
 
 
 class Watch(contextlib.AbstractContextManager):
