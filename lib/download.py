@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
@@ -149,7 +148,7 @@ def receive(output, whole, piece, host, *others):
     Returns whether the piece is complete and right then; if not, `host.fault` says why.
     """
     begun, failed = output.tell(), False
-    with Watch(f"{whole.name} from {urlsplit(host.url).netloc}", begun, whole.end) as watch:
+    with Watch(f"{whole.name} from {host.url.split('/')[2]}", begun, whole.end) as watch:
         while (position := output.tell()) < piece.end:
             for chunk in host.stream(whole, piece, position):
                 output.write(chunk[: piece.end - output.tell()])

@@ -237,7 +237,7 @@ def test_a_signature_is_never_printed(fetch, whole):
 
 def test_no_host_delivers(fetch, whole):
     whole.tricks["mp3.zip"] = [answer(500)] * 100
-    line = fetch(NOBODY, whole, status=1).splitlines()[-1]
+    line = fetch(NOBODY, "http://[::1/", whole, status=1).splitlines()[-1]
     for told in ("Connection refused", "mp3.zip: 500", "mp3.zip.001: 404", NOBODY, hashlib.md5(ARCHIVE).hexdigest()):
         assert told in line
     whole.tricks.clear()
