@@ -39,26 +39,34 @@ class Host:
     fault: str | None = None  # why it sends no more; None: it is untried
 
     def stream(self, whole, piece, position):
-        """Yield the bytes of a piece from `position` in the whole file on. If it ends early, `fault` says why."""
+        """Yield the bytes of a piece from `position` in the whole file on. If they end early, `fault` says why."""
         self.fault = "it sent nothing"
-        refusals = []
         try:
-            for name, begin in {whole.name: 0, piece.name: piece.begin}.items():
-                with self.get(name, position - begin, piece.end - begin) as response:
-                    status, kind = response.status_code, response.headers.get("Content-Type", "")
-                    if status in (200, 206) and "html" not in kind:  # a web page says that the file is not there
-                        skip = position - begin if status == 200 else 0  # all of the file: servers may ignore Range
-                        while chunk := response.raw.read1(CHUNK):
-                            if chunk[skip:]:
-                                yield chunk[skip:]
-                            skip = max(0, skip - len(chunk))
-                        return
-                    refusals.append(f"{name}: {kind if status in (200, 206) else f'{status} {response.reason}'}")
-            self.fault = ", ".join(refusals)
+            response, skip = self.ask(whole, piece, position)
+            with response:
+                while chunk := response.raw.read1(CHUNK):
+                    if chunk[skip:]:
+                        yield chunk[skip:]
+                    skip = max(0, skip - len(chunk))
         except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
             while error.__context__:  # those of requests wrap several others around the cause
                 error = error.__context__
             self.fault = re.sub(r"\?\S*", "", reason(error))  # the query of a redirect's address may be a signature
+
+    def ask(self, whole, piece, position):
+        """Return the answer of a host that has the whole file or the piece, and how many bytes to skip in it.
+
+        Raises InputError if the host has neither.
+        """
+        refusals = []
+        for name, begin in {whole.name: 0, piece.name: piece.begin}.items():
+            response = self.get(name, position - begin, piece.end - begin)
+            status, kind = response.status_code, response.headers.get("Content-Type", "")
+            if status in (200, 206) and "html" not in kind:  # a web page says that the file is not there
+                return response, position - begin if status == 200 else 0  # servers may ignore Range
+            response.close()
+            refusals.append(f"{name}: {kind if status in (200, 206) else f'{status} {response.reason}'}")
+        raise InputError(", ".join(refusals))
 
     def get(self, name, begin, end):
         """Return the answer to a request for bytes `begin` to `end` of a file, whatever the certificate."""
@@ -70,7 +78,7 @@ class Host:
             if not self.verify or "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
         tqdm.write(f"{self.url}: a certificate cannot be verified; going on, as nothing is believed but a file's MD5")
-        requests.packages.urllib3.disable_warnings()  # they would say so for every request
+        requests.packages.urllib3.disable_warnings()  # which would come with every request
         self.verify = False
         return self.get(name, begin, end)
 
