@@ -80,19 +80,21 @@ def fetch_and_unpack(settings):
 def read_md5sums(path):
     """Return {name: [the whole file, its parts in order]} from lines "MD5 bytes name", of a file or the built-in ones.
 
-    Raises InputError if one of our files is missing.
+    Raises InputError if one of our files is missing, or the parts do not make up the whole.
     """
     text = path.read_text(errors="replace") if path else MD5SUMS
-    lines = re.findall(r"^([0-9a-fA-F]{32}) +(\d{1,15}) +(\S+)$", text, re.MULTILINE)
+    lines = re.findall(r"^([0-9a-fA-F]{32}) +(\d{1,15}) +(\S+)\s*$", text, re.MULTILINE)
     sums = {name: (int(size), md5.lower()) for md5, size, name in lines}
     if missing := {ANNOTATIONS, CLIP_INFO, ARCHIVE} - sums.keys():
         raise InputError(f"{path} has no line 'MD5 bytes name' for {', '.join(sorted(missing))}")
     files = {name: [Piece(name, 0, *sums[name])] for name in (ANNOTATIONS, CLIP_INFO, ARCHIVE)}
     end = 0
-    for part in sorted(name for name in sums if name.startswith(f"{ARCHIVE}.")):
+    for part in sorted(name for name in sums if re.fullmatch(rf"{ARCHIVE}\.\d+", name)):
         size, md5 = sums[part]
         files[ARCHIVE].append(Piece(part, end, end + size, md5))
         end += size
+    if end not in (0, sums[ARCHIVE][0]):
+        raise InputError(f"{path}: the parts of {ARCHIVE} have {end} bytes, not its {sums[ARCHIVE][0]}")
     return files
 
 
@@ -111,8 +113,8 @@ def is_unpacked(data, md5):
         return False
     *clips, archive = (data / UNPACKED).read_text(encoding="utf-8", errors="replace").split("\n")
     paths = [data / clip.partition(" ")[2] for clip in clips]
-    sizes = [str(path.stat().st_size) if path.is_file() else None for path in paths]
-    return archive == md5 and sizes == [clip.partition(" ")[0] for clip in clips]
+    sizes = [str(os.path.getsize(path)) if os.path.isfile(path) else None for path in paths]  # whatever the name
+    return archive == md5 and clips != [] and sizes == [clip.partition(" ")[0] for clip in clips]
 
 
 def unpack(data, md5):

@@ -18,6 +18,7 @@ from lib.common import InputError, naming, progress, reason
 CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when the script is killed
 WINDOW = 30  # seconds over which the rate is taken
 SLOWEST = 30_000  # bytes a second; a host that is slower for two windows gives way to one that is untried
+BREATH = 1  # seconds until a host is asked again whose connection has broken off early
 LONGEST_PAUSE = 60  # seconds, however many attempts failed
 
 
@@ -36,27 +37,31 @@ class Host:
     timeout: float  # seconds without a byte after which a connection has failed
     verify: bool = True  # its certificate
     served: bool = False  # whether anything has come from it
-    fault: str | None = None  # why it sends no more; None: it is untried
+    demoted: bool = False  # slow, or sent something wrong: the others come first
+    fault: str | None = None  # what is wrong with it if a connection brings nothing; None: it is untried
 
     def stream(self, whole, piece, position):
-        """Yield the bytes of a piece from `position` in the whole file on. If they end early, `fault` says why."""
+        """Yield the bytes of a piece from `position` in the whole file on, in chunks, with how many came for each.
+
+        If none are left or the host fails, there are no more; if it failed, `fault` says why.
+        """
         self.fault = "it sent nothing"
         try:
             response, skip = self.ask(whole, piece, position)
             with response:
                 while chunk := response.raw.read1(CHUNK):
-                    if chunk[skip:]:
-                        yield chunk[skip:]
+                    yield chunk[skip:], len(chunk)
                     skip = max(0, skip - len(chunk))
         except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
             while error.__context__:  # those of requests wrap several others around the cause
                 error = error.__context__
-            self.fault = re.sub(r"\?\S*", "", reason(error))  # the query of a redirect's address may be a signature
+            # The query of a redirect's address may be a signature, and a host could send a terminal's commands.
+            self.fault = re.sub(r"\?\S*|[\x00-\x1f\x7f-\x9f]", "", reason(error))[:200]
 
     def ask(self, whole, piece, position):
-        """Return the answer of a host that has the whole file or the piece, and how many bytes to skip in it.
+        """Return the answer with the whole file, or with the piece if that is refused, and how many bytes to skip.
 
-        Raises InputError if the host has neither.
+        Raises InputError if both are refused.
         """
         refusals = []
         for name, begin in {whole.name: 0, piece.name: piece.begin}.items():
@@ -65,7 +70,7 @@ class Host:
             if status in (200, 206) and "html" not in kind:  # a web page says that the file is not there
                 return response, position - begin if status == 200 else 0  # servers may ignore Range
             response.close()
-            refusals.append(f"{name}: {kind if status in (200, 206) else f'{status} {response.reason}'}")
+            refusals.append(f"{name}: {'a web page' if status in (200, 206) else f'HTTP status {status}'}")
         raise InputError(", ".join(refusals))
 
     def get(self, name, begin, end):
@@ -95,7 +100,7 @@ def fetch(path, pieces, hosts, attempts, pause):
         with naming(partial), open(partial, "ab") as output:
             for piece in parts or [whole]:
                 copy_part(output, piece)
-                complete(output, whole, piece, hosts, attempts, pause)
+                complete(output, whole, piece, sorted(hosts, key=lambda host: host.demoted), attempts, pause)
             output.truncate(whole.end)
         os.replace(partial, path)
     require_md5(path, whole.md5)
@@ -103,7 +108,7 @@ def fetch(path, pieces, hosts, attempts, pause):
 
 
 def require_md5(path, md5):
-    if (found := digest(path)) != md5:  # a person's: we give files their names when they are right
+    if (found := digest(path)) != md5:
         raise InputError(f"{path} has MD5 {found}, not {md5}: move it away, and it will be fetched anew")
 
 
@@ -120,7 +125,7 @@ def digest(path, begin=0, end=None):
 def copy_part(output, piece):
     """Put a piece into `output` from its own file, if a person has put that into the folder."""
     part = Path(output.name).with_name(piece.name)
-    if part.exists() and output.tell() < piece.end:
+    if part.exists() and digest(output.name, piece.begin, piece.end) != piece.md5:
         require_md5(part, piece.md5)
         cut(output, piece.begin)
         with open(part, "rb") as file:
@@ -134,7 +139,7 @@ def cut(output, size):
 
 
 def complete(output, whole, piece, hosts, attempts, pause):
-    """Append to `output` what it lacks of a piece. It is the first host's turn; one that fails becomes the last."""
+    """Append to `output` what it lacks of a piece, from the first host; where one fails, it becomes the last."""
     for attempt in range(attempts):
         if attempt:
             time.sleep(min(pause * 2 ** (attempt - 1), LONGEST_PAUSE))
@@ -151,32 +156,35 @@ def complete(output, whole, piece, hosts, attempts, pause):
 
 
 def receive(output, whole, piece, host, *others):
-    """Let a host append what `output` lacks of a piece, over as many connections as each bring some of it.
+    """Let a host append what `output` lacks of a piece, in several connections if they break off.
 
     Returns whether the piece is complete and right then; if not, `host.fault` says why.
     """
     begun, failed = output.tell(), False
     with Watch(f"{whole.name} from {host.url.split('/')[2]}", begun, whole.end) as watch:
         while (position := output.tell()) < piece.end:
-            for chunk in host.stream(whole, piece, position):
+            for chunk, n_received in host.stream(whole, piece, position):
                 output.write(chunk[: piece.end - output.tell()])
                 output.flush()
-                watch.update(output.tell())
+                watch.update(output.tell(), n_received)
                 if watch.n_slow > 1 and any(other.fault is None for other in others):
-                    host.fault = f"only {watch.rate / 1e3:.0f} KB/s"
+                    host.fault, host.demoted = f"only {watch.rate / 1e3:.0f} KB/s", True
                     return False
                 if output.tell() == piece.end:
                     break
             if output.tell() == position and (failed or not host.served):
                 return False
-            failed = output.tell() == position  # once, as where a redirect's signature has expired: it is asked again
+            failed = output.tell() == position  # a host that has served is asked again: a signature may have expired
             host.served = True
+            if output.tell() < min(position + SLOWEST, piece.end):
+                time.sleep(BREATH)
     if digest(output.name, piece.begin, piece.end) == piece.md5:
         return True
     cut(output, piece.begin)
-    host.fault = "wrong MD5"
-    # Where others sent some of it, the wrong bytes may be theirs: once more, all of it from this host.
-    return begun > piece.begin and receive(output, whole, piece, host, *others)
+    if begun > piece.begin:  # others sent some of it, and the wrong bytes may be theirs: all of it from this host
+        return receive(output, whole, piece, host, *others)
+    host.fault, host.demoted = "wrong MD5", True
+    return False
 
 
 class Watch(contextlib.AbstractContextManager):
@@ -184,15 +192,16 @@ class Watch(contextlib.AbstractContextManager):
 
     def __init__(self, title, done, total):
         self.bar = progress(desc=title, total=total, initial=done, unit="B", unit_scale=True)
-        self.title, self.total, self.before, self.since = title, total, done, time.monotonic()
+        self.title, self.total, self.received, self.since = title, total, 0, time.monotonic()
         self.rate = self.n_slow = 0  # bytes a second in the last window, windows in a row below SLOWEST
 
-    def update(self, done):
+    def update(self, done, n_received):
+        self.received += n_received
         self.bar.update(done - self.bar.n)
         if (seconds := time.monotonic() - self.since) > WINDOW:
-            self.rate = (done - self.before) / seconds
+            self.rate = self.received / seconds
             self.n_slow = self.n_slow + 1 if self.rate < SLOWEST else 0
-            self.before, self.since = done, time.monotonic()
+            self.received, self.since = 0, time.monotonic()
             if self.bar.disable:
                 left = tqdm.format_interval((self.total - done) / self.rate)
                 print(f"{self.title}: {done / self.total:.0%}, {self.rate / 1e3:,.0f} KB/s, {left} left")
