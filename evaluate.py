@@ -7,21 +7,22 @@ on the test clips of both. With --tag, prints the most likely tags of each audio
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
+
+from lib.common import ROOT, Count, InputError, Seed, number, run, whole_file, write_table
 
 import numpy as np
-import torch
+import tyro
 
 from lib import scores
 from lib.baseline import band_features, baseline_predictions
-from lib.checkpoint import load_checkpoint, n_test_clips_seen
-from lib.common import ROOT, InputError, Range, run, settings_from_command_line, whole_file, write_table
+from lib.checkpoint import load_checkpoint, load_network, n_test_clips_seen
 from lib.dump import Dump
-from lib.feeder import Feeder, predict
 from lib.library import tag_files
-from lib.parallel import autocast, choose_device, remedy_for_full_gpu, require_one_process
+from lib.loader import Loader, predict
+from lib.parallel import choose_device, remedy_for_full_gpu, started_with_others
 from lib.scores import format_score
-from lib.tagger import Tagger, network_of  # noqa: F401 - Tagger: for other programs
+from lib.tagger import Tagger  # noqa: F401 - for other programs
 from tags import clip_info_of, select_tags
 
 
@@ -37,18 +38,18 @@ class Settings:
     baseline: bool = True  # score a logistic regression on the mel bands' loudness too, which a network has to beat
 
     # scores
-    resamples: Annotated[int, Range(1, 10_000)] = 1000  # of the bootstrap behind the 95% intervals
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of the bootstrap
-    batch_size: Annotated[int, Range(1, 10_000)] = 32  # clips at a time
+    resamples: number(int, 1, 10_000) = 1000  # of the bootstrap behind the 95% intervals
+    seed: Seed = 1337  # of the bootstrap
+    batch_size: number(int, 1, 10_000) = 32  # clips at a time
     device: str = "auto"  # auto (CUDA, else Apple's mps, else cpu), or one of them by name, such as cuda:1
     precision: Literal["checkpoint", "float32", "bfloat16", "float64"] = "checkpoint"  # the one it was trained in
 
     # your own music
     tag: tuple[Path, ...] | None = None  # audio files and folders of them to tag, instead of scoring
-    top: Annotated[int, Range(1)] = 5  # how many tags to print for each file
+    top: Count = 5  # how many tags to print for each file
     json: bool = False  # print one JSON object, file -> tag -> probability
     taggram: bool = False  # draw each file's spectrogram and tags over time, beside the checkpoint
-    csv: Path | None = None  # write a table, a row for each file as it is done, instead; goes on where it ended
+    csv: Path | None = None  # write a table instead, a row for each file as it is done; resumes
 
 
 EVALUATED = ("validation", "test")  # parts of the split
@@ -57,36 +58,59 @@ WORTH_A_LISTEN = 10  # clips of each tag, in each direction
 
 
 def main():
-    settings = settings_from_command_line(Settings, __doc__)
-    require_one_process("evaluate.py")
+    settings = tyro.cli(Settings, description=__doc__)
+    if started_with_others():
+        raise InputError("evaluate.py: runs in one process; start it with python instead of torchrun")
     path = settings.checkpoint or settings.experiments / settings.name / "best.pt"
     if settings.tag is not None or settings.csv or settings.json or settings.taggram:
         return tag_files(settings, path)
-    device = choose_device(settings.device)
-    checkpoint = load_checkpoint(path)
-    dump = Dump(settings.data)
-    labels, rows_of = clips_of(checkpoint, dump, settings.other_data)
-    info = clip_info_of(settings.data, dump.ids) if (settings.data / "clip_info_final.csv").exists() else None
-    groups = np.array([str(clip.track) for clip in info]) if info else dump.ids  # which the bootstrap draws
-    intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if info else 'clips'}"
-    sums = dump.band_sums()  # and compares every byte with the checksums
+    ours = Evaluation(settings, path)
     if settings.against:
-        return compare_experiments(settings, path.parent, checkpoint, labels, rows_of, dump, groups, intervals, device)
+        return compare(ours, Evaluation(settings, settings.experiments / settings.against / "best.pt"))
 
-    probabilities = {part: predict_rows(checkpoint, dump, rows_of[part], device, settings) for part in EVALUATED}
-    baseline = baseline_predictions(band_features(*sums), labels, rows_of["train"]) if settings.baseline else None
+    bands = band_features(*ours.dump.verify())
+    predicted = {part: ours.predict(ours.rows[part]) for part in EVALUATED}
+    baseline = baseline_predictions(bands, ours.labels, ours.rows["train"]) if settings.baseline else None
     results = {
         "checkpoint": str(path),
         "data": str(settings.data),
-        "other_data": checkpoint["dump"] != dump.fingerprint,
-        "synthetic": dump.synthetic,
-        "intervals": intervals,
+        "other_data": ours.checkpoint["dump"] != ours.dump.fingerprint,
+        "synthetic": ours.dump.synthetic,
+        "intervals": ours.intervals,
     }
-    for part, predicted in probabilities.items():
-        results[part] = score_part(settings, checkpoint, labels, predicted, baseline, groups, rows_of[part])
-        results[part]["leakage"] = leakage(labels, predicted, info, rows_of[part], rows_of["train"]) if info else None
-    print_results(results, checkpoint)  # first: no full disk can lose them
-    write_results(path.parent, results, checkpoint["tag_names"], labels, probabilities, rows_of, dump)
+    for part, probabilities in predicted.items():
+        results[part] = score_part(ours, ours.rows[part], probabilities, baseline)
+    print_results(results, ours.checkpoint)  # first: no full disk can lose them
+    write_results(ours, results, predicted)
+
+
+class Evaluation:
+    """A checkpoint and the dump to score it on; `rows` are the dump's rows of each part of the checkpoint's split.
+
+    `labels` (clips, tags) are those of the checkpoint's tags, `groups` (clips,) what the bootstrap draws, `info` the
+    clips' origins if there is a table of them. Raises InputError if the two do not go together.
+    """
+
+    def __init__(self, settings, path):
+        self.settings, self.path, self.device = settings, path, choose_device(settings.device)
+        self.checkpoint, self.dump = load_checkpoint(path), Dump(settings.data)
+        self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
+        has_info = (settings.data / "clip_info_final.csv").exists()
+        self.info = clip_info_of(settings.data, self.dump.ids) if has_info else None
+        self.groups = np.array([str(clip.track) for clip in self.info]) if has_info else self.dump.ids
+        self.intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if has_info else 'clips'}"
+        self.net, self.precision = load_network(self.checkpoint, self.device, settings.precision)
+
+    def predict(self, rows):
+        """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
+        loader = Loader(self.dump, self.labels, self.checkpoint["normalization"], self.device, self.precision)
+        with remedy_for_full_gpu(self.device):
+            return predict(self.net, loader, rows, self.settings.batch_size)
+
+    def scores(self, rows, probabilities):
+        """Return the lib.scores.Scores of predictions for the dump's `rows`."""
+        resampling = self.groups[rows], self.settings.resamples, self.settings.seed
+        return scores.scores_of(self.labels[rows], probabilities, *resampling)
 
 
 def clips_of(checkpoint, dump, other_data):
@@ -96,7 +120,7 @@ def clips_of(checkpoint, dump, other_data):
     `other_data`, if it is not the one that the checkpoint was trained on.
     """
     if checkpoint["front_end"] != dump.front_end:
-        raise InputError(f"{dump.data}: spectrograms of another front end than the checkpoint's; make them anew")
+        raise InputError(f"{dump.data}: spectrograms of another front end than the checkpoint's; remake them")
     merge = checkpoint["hyperparameters"].get("merge_tags", True)
     labels, names = select_tags(dump.labels, dump.tag_names, len(dump.tag_names), merge)
     missing = [name for name in checkpoint["tag_names"] if name not in names]
@@ -112,31 +136,23 @@ def clips_of(checkpoint, dump, other_data):
     return labels[:, [names.index(name) for name in checkpoint["tag_names"]]], rows
 
 
-def predict_rows(checkpoint, dump, rows, device, settings):
-    """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
-    normalization = [checkpoint["normalization"][name].numpy() for name in ("mean", "std")]
-    net, precision = network_of(checkpoint, device, settings.precision)
-    feeder = Feeder(dump, dump.labels, normalization, device, getattr(torch, precision))
-    with autocast(device, precision), remedy_for_full_gpu(device):
-        return predict(net, feeder, rows, settings.batch_size)
-
-
-def score_part(settings, checkpoint, labels, probabilities, baseline, groups, rows):
-    """Return the scores of the dump's `rows`, whose `probabilities` are given, as results.json holds them."""
-    tag_names, labels, groups = checkpoint["tag_names"], labels[rows], groups[rows]
-    ours = scores.scores_of(labels, probabilities, groups, settings.resamples, settings.seed)
+def score_part(evaluation, rows, probabilities, baseline):
+    """Return the scores of predictions for the dump's `rows`, and of the baseline's for all, as in results.json."""
+    labels, tag_names = evaluation.labels[rows], evaluation.checkpoint["tag_names"]
+    ours = evaluation.scores(rows, probabilities)
     result = {
         "clips": len(rows),
         **ours.macro(),
-        "clip_roc_auc": scores.macro(scores.roc_auc(labels.T, probabilities.T)),
+        "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
         "baseline": None,
         "tags": per_tag_rows(tag_names, labels, ours),
+        "leakage": leakage(evaluation, rows, probabilities) if evaluation.info else None,
     }
     if baseline is not None:
-        its = scores.scores_of(labels, baseline[rows], groups, settings.resamples, settings.seed)
-        result["baseline"] = {**its.macro(), "network_minus_baseline": ours.minus(its).macro()}
+        theirs = evaluation.scores(rows, baseline[rows])
+        result["baseline"] = {**theirs.macro(), "network_minus_baseline": ours.minus(theirs).macro()}
     return result
 
 
@@ -150,31 +166,33 @@ def per_tag_rows(tag_names, labels, found):
     return [dict(zip(columns, row)) for row in rows]
 
 
-def leakage(labels, probabilities, info, rows, training_rows):
+def leakage(evaluation, rows, probabilities):
     """Return the shares of `rows` whose track, album and artist are in training too, and the score on other tracks."""
     shared = {}
     for kind in ("track", "album", "artist"):
-        trained_on = {getattr(info[row], kind) for row in training_rows}
-        shared[kind] = np.array([getattr(info[row], kind) in trained_on for row in rows])
+        origins = [getattr(clip, kind) for clip in evaluation.info]
+        trained_on = {origins[row] for row in evaluation.rows["train"]}
+        shared[kind] = np.array([origins[row] in trained_on for row in rows])
     fresh = ~shared["track"]
     enough = fresh.sum() >= ENOUGH_CLIPS
-    auc = scores.macro(scores.roc_auc(labels[rows][fresh], probabilities[fresh])) if enough else np.nan
+    per_tag = scores.roc_auc(evaluation.labels[rows][fresh], probabilities[fresh]) if enough else np.nan
     shares = {f"share_of_{kind}": float(clips.mean()) for kind, clips in shared.items()}
-    return {**shares, "clips_of_other_tracks": int(fresh.sum()), "roc_auc_of_other_tracks": auc}
+    return {**shares, "clips_of_other_tracks": int(fresh.sum()), "roc_auc_of_other_tracks": scores.macro(per_tag)}
 
 
-def write_results(folder, results, tag_names, labels, probabilities, rows_of, dump):
-    """Write the scores, the predictions and the pictures into `folder`."""
+def write_results(evaluation, results, predicted):
+    """Write the scores, the predictions and the pictures beside the checkpoint."""
     from lib import figures  # matplotlib takes a while to import
 
+    folder, dump, tag_names = evaluation.path.parent, evaluation.dump, evaluation.checkpoint["tag_names"]
     write_json(folder / "results.json", results)
     rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
     write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
-    clips = {part: [(dump.ids[row], dump.mp3_paths[row]) for row in rows_of[part]] for part in EVALUATED}
-    for part, predicted in probabilities.items():
-        rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], predicted)]
+    clips = {part: [(dump.ids[row], dump.mp3_paths[row]) for row in evaluation.rows[part]] for part in EVALUATED}
+    for part, probabilities in predicted.items():
+        rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], probabilities)]
         write_table(folder / f"predictions_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
-    test = tag_names, labels[rows_of["test"]], probabilities["test"]
+    test = tag_names, evaluation.labels[evaluation.rows["test"]], predicted["test"]
     write_table(folder / "worth_a_listen.csv", worth_a_listen(clips["test"], *test))
     figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
     figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
@@ -241,40 +259,44 @@ def print_part(part, result):
     if baseline := result["baseline"]:
         roc_auc, precision = format_interval(baseline["roc_auc"]), format_interval(baseline["average_precision"])
         gain = baseline["network_minus_baseline"]["roc_auc"]
-        verdict = "" if gain["low"] > 0 else ": not clearly better than a logistic regression on mel bands' loudness"
+        undecided = gain["low"] <= 0  # False where the scores are undefined
+        verdict = ": not clearly better than a logistic regression on mel bands' loudness" if undecided else ""
         print(f"  baseline           ROC-AUC {roc_auc}, average precision {precision}")
         print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
 
 
-def compare_experiments(settings, folder, checkpoint, labels, rows_of, dump, groups, intervals, device):
-    """Print, write and draw how the checkpoint differs from that of --against, on the test clips of both.
+def compare(ours, theirs):
+    """Print, write and draw how one Evaluation differs from another, that of --against, on the test clips of both.
 
-    Raises InputError if one has seen test clips of the other, they share no test clip, or their tags differ.
+    Raises InputError if one checkpoint has seen test clips of the other, they share none, or their tags differ.
     """
-    other = load_checkpoint(settings.experiments / settings.against / "best.pt")
-    name, against, tags = str(settings.checkpoint or settings.name), settings.against, checkpoint["tag_names"]
-    if n_seen := n_test_clips_seen(checkpoint, other) + n_test_clips_seen(other, checkpoint):
-        raise InputError(f"{name}, {against}: {n_seen:,} test clips of one trained, or chose, the other; use one split")
-    rows = np.intersect1d(rows_of["test"], clips_of(other, dump, settings.other_data)[1]["test"])
-    if not len(rows) or other["tag_names"] != tags:
+    settings, tags = ours.settings, ours.checkpoint["tag_names"]
+    name, against = str(settings.checkpoint or settings.name), settings.against
+    n_seen = n_test_clips_seen(ours.checkpoint, theirs.checkpoint) + n_test_clips_seen(
+        theirs.checkpoint, ours.checkpoint
+    )
+    if n_seen:
+        used = "test clips of one were used to train or select the other; use one split for both"
+        raise InputError(f"{name}, {against}: {n_seen:,} {used}")
+    rows = np.intersect1d(ours.rows["test"], theirs.rows["test"])
+    if not len(rows) or theirs.checkpoint["tag_names"] != tags:
         raise InputError(f"{name}, {against}: have no test clips in common, or other tags")
-    of_both = (predict_rows(its, dump, rows, device, settings) for its in (checkpoint, other))
-    resampling = groups[rows], settings.resamples, settings.seed
-    ours, theirs = (scores.scores_of(labels[rows], predicted, *resampling) for predicted in of_both)
-    difference = ours.minus(theirs)
+    ours.dump.verify(rows)
+    difference = ours.scores(rows, ours.predict(rows)).minus(theirs.scores(rows, theirs.predict(rows)))
     result = {
         "name": name,
         "against": against,
         "clips": len(rows),
-        "intervals": intervals,
+        "intervals": ours.intervals,
         **difference.macro(),
-        "tags": per_tag_rows(tags, labels[rows], difference),
+        "tags": per_tag_rows(tags, ours.labels[rows], difference),
     }
     print_comparison(result)
-    write_json(folder / "comparison.json", result)
+    write_json(ours.path.parent / "comparison.json", result)
     from lib.figures import tag_differences  # matplotlib takes a while to import
 
-    tag_differences(folder / "comparison.png", result["tags"], f"{name} - {against}", synthetic=dump.synthetic)
+    picture = ours.path.parent / "comparison.png"
+    tag_differences(picture, result["tags"], f"{name} - {against}", synthetic=ours.dump.synthetic)
 
 
 def print_comparison(result):
@@ -291,4 +313,4 @@ def print_comparison(result):
 
 
 if __name__ == "__main__":
-    run(main, "give the same command again")
+    run(main, "the same command starts again")

@@ -11,11 +11,12 @@ import shlex
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Annotated
 
-from lib.common import ROOT, InputError, Range, lock, progress, reason, run, settings_from_command_line, whole_file
+import tyro
+
+from lib.common import ROOT, InputError, lock, progress, reason, run, whole_file
 from lib.demo import render
-from lib.download import LONGEST_PAUSE, Host, Piece, fetch
+from lib.download import Host, Piece, fetch
 from tags import annotations_file
 
 HOSTS = (
@@ -40,19 +41,14 @@ class Settings:
     data: Path = ROOT / "data"  # folder for all files; those put there by hand are taken if their MD5 is right
     hosts: tuple[str, ...] = HOSTS  # addresses of folders with both tables and mp3.zip, whole or in parts
     md5sums: Path | None = None  # file of lines "MD5 bytes name" to use in place of the built-in ones
-    timeout: Annotated[float, Range(0.1, 3600)] = 30  # seconds without a byte after which a connection has failed
-    attempts: Annotated[int, Range(1, 1000)] = 10  # per host and part; each lasts as long as the host delivers
-    pause: Annotated[float, Range(0, LONGEST_PAUSE)] = 1  # seconds before the second attempts; doubles each time
     demo: bool = False  # fetch nothing, render synthetic clips into the folder "demo" inside the data folder
-    demo_clips: Annotated[int, Range(1, 100_000)] = 192  # how many clips the demo has
-    demo_seed: Annotated[int, Range(0)] = 1337  # of the demo's random generator
 
 
 def main():
-    settings = settings_from_command_line(Settings, __doc__)
+    settings = tyro.cli(Settings, description=__doc__)
     folder = settings.data / "demo" if settings.demo else settings.data
     if settings.demo:
-        render(folder, settings.demo_clips, settings.demo_seed)
+        render(folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ARCHIVE):
@@ -65,14 +61,14 @@ def fetch_and_unpack(settings):
     """Bring both tables and the clips into the data folder. Raises InputError if no host delivers a file."""
     if not settings.hosts or not all(re.fullmatch("https?://.+/", host) for host in settings.hosts):
         raise InputError("--hosts takes addresses that begin with http:// or https:// and end with /")
-    data, hosts = settings.data, [Host(url, settings.timeout) for url in settings.hosts]
+    data, hosts = settings.data, [Host(url) for url in settings.hosts]
     files = read_md5sums(settings.md5sums)
-    fetch(annotations_file(data), files[ANNOTATIONS], hosts, settings.attempts, settings.pause)
-    fetch(data / CLIP_INFO, files[CLIP_INFO], hosts, settings.attempts, settings.pause)
+    fetch(annotations_file(data), files[ANNOTATIONS], hosts)
+    fetch(data / CLIP_INFO, files[CLIP_INFO], hosts)
     archive = files[ARCHIVE][0]
     if not is_unpacked(data, archive.md5):
         require_disk_space(data, archive.end)
-        fetch(data / ARCHIVE, files[ARCHIVE], hosts, settings.attempts, settings.pause)
+        fetch(data / ARCHIVE, files[ARCHIVE], hosts)
         unpack(data, archive.md5)
     print(f"{data}: all clips are there; {ARCHIVE} is needed no more")
 

@@ -1,33 +1,26 @@
 """The paper's three-branch convolutional network, and the original program's initial weights.
 
-Run as a script, prints the layers.
+Needs nothing of this repository: copy the file to use the network elsewhere. Run as a script, prints the layers.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
+import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from lib.audio import N_FRAMES, N_MELS
-from lib.common import Range, run, settings_from_command_line
-from lib.parallel import sum_over_processes
-
-
-@dataclass(frozen=True)
-class Settings:
-    n_tags: Annotated[int, Range(1, 100_000)] = 50  # outputs
-
-
+N_MELS, N_FRAMES = 128, 628  # of a spectrogram
 N_FEATURES = 70 * (N_MELS // 16) * (N_FRAMES // 64)  # channels x mels x frames after the last pooling: 5,040
 
 
-def main():
-    net = MultiScaleCNN(settings_from_command_line(Settings, __doc__).n_tags)
-    print(net)
-    print(f"{sum(weights.numel() for weights in net.parameters()):,} parameters")
+def build_network(n_tags):
+    """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
+
+    Every script builds it here. Its last layer, which --start-from replaces for other tags, has to be called `head`.
+    """
+    return MultiScaleCNN(n_tags)
 
 
 class MultiScaleCNN(nn.Module):
@@ -57,7 +50,7 @@ class MultiScaleCNN(nn.Module):
         self.batch_norm = FeatureBatchNorm(N_FEATURES)
         self.dropout = BatchDropout(keep_probability=0.6)
         self.hidden = nn.Linear(N_FEATURES, 500)
-        self.top = nn.Linear(500, n_tags)
+        self.head = nn.Linear(500, n_tags)
 
     def forward(self, spectrograms):
         half = F.avg_pool2d(spectrograms, (2, 4))
@@ -65,19 +58,16 @@ class MultiScaleCNN(nn.Module):
         branches = self.branch1(spectrograms), self.branch2(half), self.branch3(quarter)
         features = self.joined(torch.cat(branches, dim=1))  # (clips, 5040), channel by channel
         features = self.dropout(self.batch_norm(features))
-        return self._logits(F.relu(self.hidden(features)))
-
-    def _logits(self, hidden):
-        """The last layer, never in bfloat16: in its 8 binary digits, thousands of clips share a few hundred logits."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.top(hidden.to(self.top.weight.dtype))
+        hidden = F.relu(self.hidden(features))
+        with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16, many clips would share a logit
+            return self.head(hidden.to(self.head.weight.dtype))
 
 
 class ConvPool(nn.Sequential):
     """Convolution of stride 1 and zero padding k//2, max-pooling that floors, ReLU.
 
     The original applies the ReLU before the pooling. Both are monotone, so the order makes no difference to the
-    result, but this way the ReLU has an eighth of the work.
+    result, but after the pooling there are fewer values to apply it to.
     """
 
     def __init__(self, channels_in, channels_out, kernel, pool=None):
@@ -105,48 +95,62 @@ class FeatureBatchNorm(nn.Module):
 
     def forward(self, features):
         features = features.to(self.scale.dtype)  # bfloat16 has too few digits for a mean
-        if self.training:
-            mean, var = self._batch_statistics(features)
-        else:
-            mean, var = self.running_mean, self.running_var
+        mean, var = self._batch_statistics(features) if self.training else (self.running_mean, self.running_var)
         return (features - mean) * torch.rsqrt(var + self.epsilon) * self.scale + self.shift
 
     def _batch_statistics(self, features):
-        n_clips = sum_over_processes(features.new_full((), len(features)))
-        mean = sum_over_processes(features.sum(dim=0)) / n_clips
-        var = sum_over_processes((features - mean).square().sum(dim=0)) / n_clips
+        n_clips = all_reduce(features.new_full((), len(features)))
+        mean = all_reduce(features.sum(dim=0)) / n_clips
+        var = all_reduce((features - mean).square().sum(dim=0)) / n_clips
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var, self.momentum)
         return mean, var
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes; each process's loss depends on it, so its gradient is a sum too."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    backward = forward
+
+
+def all_reduce(tensor):
+    """Return the sum of `tensor` over all training processes, through which gradients flow back to each of them."""
+    return AllReduce.apply(tensor) if dist.is_available() and dist.is_initialized() else tensor
+
+
 class BatchDropout(nn.Module):
     """Totem's dropout: one mask serves every clip of the batch, and the probability is that of *keeping* a value."""
 
-    def __init__(self, keep_probability=0.6):
+    def __init__(self, keep_probability):
         super().__init__()
         self.keep_probability = keep_probability
-        self.register_buffer("marker", torch.empty(0), persistent=False)  # has the network's device and precision
 
     def draw_mask(self, n_features):
-        """Return the mask of one step: (n_features,), 0 or 1/keep_probability."""
-        kept = torch.rand(n_features, device=self.marker.device) < self.keep_probability
-        return kept.to(self.marker.dtype) / self.keep_probability
+        """Return the mask of one step: (n_features,) float64, 0 or 1/keep_probability; on the CPU, for any device."""
+        return (torch.rand(n_features) < self.keep_probability).double() / self.keep_probability
 
     def forward(self, features):
         if not self.training:
             return features
-        return features * self.draw_mask(features.shape[1]).to(features)
+        mask = self.draw_mask(features.shape[1]).to(features.dtype)
+        mask = mask.pin_memory() if features.is_cuda else mask  # from other memory, the copy would wait for the GPU
+        return features * mask.to(features.device, non_blocking=True)
 
 
 @torch.no_grad()
 def initialize(net, rng):
     """Draw the original's initial weights for `net` from `rng`, a numpy.random.RandomState.
 
-    Glorot normal, layer by layer from the first branch to the top; the top layer's are four times as wide; biases
-    are 0. Theano flips its filters and stores fully connected weights as (in, out), so each draw is turned round
-    to give the same function in PyTorch. The float64 draws are rounded to the precision that `net` has.
+    Glorot normal, layer by layer from the first branch to the head; the head's are four times as wide; biases are 0.
+    Theano flips its filters and stores fully connected weights as (in, out), so each draw is turned round to give the
+    same function in PyTorch. The float64 draws are rounded to the precision that `net` has.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -155,7 +159,7 @@ def initialize(net, rng):
             weights = _glorot_normal(rng, tuple(layer.weight.shape)[::-1]).T
         else:
             continue
-        if layer is net.top:
+        if layer is net.head:
             weights = 4 * weights
         layer.weight.copy_(torch.from_numpy(weights.copy()))
         layer.bias.zero_()
@@ -168,4 +172,8 @@ def _glorot_normal(rng, shape):
 
 
 if __name__ == "__main__":
-    run(main)
+    if len(sys.argv) > 1:
+        sys.exit(f"{__doc__}\nusage: python model.py")
+    net = build_network(50)
+    print(net)
+    print(f"{sum(weights.numel() for weights in net.parameters()):,} parameters")

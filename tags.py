@@ -6,17 +6,18 @@ Run as a script, prints the tags that training would use, with their counts.
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import tyro
 
-from lib.common import ROOT, InputError, Range, run, settings_from_command_line
+from lib.common import ROOT, Count, InputError, run
 
 
 @dataclass(frozen=True)
 class Settings:
     data: Path = ROOT / "data"  # folder with tags.csv or annotations_final.csv
-    n_tags: Annotated[int, Range(1)] = 50  # how many of the most frequent tags to keep
+    n_tags: Count = 50  # how many of the most frequent tags to keep
     merge_tags: bool = True  # merge synonyms first
 
 
@@ -65,7 +66,7 @@ class Annotations(NamedTuple):
 
 
 def main():
-    settings = settings_from_command_line(Settings, __doc__)
+    settings = tyro.cli(Settings, description=__doc__)
     annotations = read_annotations(annotations_file(settings.data))
     labels, names = select_tags(annotations.labels, annotations.tag_names, settings.n_tags, settings.merge_tags)
     print(f"{len(labels):,} clips, {len(annotations.tag_names)} tags; the {len(names)} that training would use:")

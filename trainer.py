@@ -7,23 +7,24 @@ With several GPUs or machines: torchrun --nproc-per-node=N trainer.py trains the
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
+
+from lib.common import ROOT, Count, InputError, Seed, number, progress, run
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 
-from lib.checkpoint import load_checkpoint, restore, resume_state, save, take_weights
-from lib.common import ROOT, Range, run, settings_from_command_line
+from lib.checkpoint import load_checkpoint, resume, resume_state, save, start_from
 from lib.dump import Dump, band_normalization
 from lib.experiment import claimed_folder, hyperparameters, require_same_clips, write_outputs
-from lib.feeder import Feeder, predict
-from lib.parallel import autocast, choose_device, from_main_process, is_main_process, joined_processes, prepare_device
-from lib.parallel import remedy_for_full_gpu, share_of_this_process, sum_gradients
-from lib.report import Losses, print_epoch, print_scores, print_summary
-from lib.scores import macro, roc_auc
+from lib.loader import Loader, predict
+from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
+from lib.parallel import rank, remedy_for_full_gpu, share_of_batch, world_size
+from lib.scores import compare_with_paper, format_score, macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - split_clips: for other programs
-from model import MultiScaleCNN, initialize
+from model import all_reduce, build_network, initialize
 from tags import select_tags
 
 
@@ -33,25 +34,25 @@ class Settings:
     data: Path = ROOT / "data"  # folder with the dump that gen_spectrograms.py made
     experiments: Path = ROOT / "experiments"  # folder of all experiments
     name: str = "paper"  # this experiment's folder in it
-    resume: bool = False  # go on from last.pt (or begin, if there is none)
-    overwrite: bool = False  # begin anew over an existing experiment
-    start_from: Path | None = None  # a checkpoint to fine-tune: its weights and normalisation instead of fresh ones
+    resume: bool = False  # continue from last.pt (or begin, if there is none)
+    overwrite: bool = False  # replace an existing experiment
+    start_from: Path | None = None  # a checkpoint to fine-tune: begin with its weights and normalisation
 
     # tags and clips
-    n_tags: Annotated[int, Range(1)] = 50  # the most frequent over all clips
+    n_tags: Count = 50  # the most frequent over all clips
     merge_tags: bool = True  # merge synonyms first; other papers that use the folder split do not
     split: Literal["random", "folder", "artist"] = "random"  # random is the paper's; README.md compares them
-    train_size: Annotated[int, Range(1)] = 18000  # clips, for the random and artist splits; the rest is for the test
-    validation_size: Annotated[int, Range(1)] = 2000  # clips
+    train_size: Count = 18000  # clips, for the random and artist splits; the rest is for the test
+    validation_size: Count = 2000  # clips
     normalize_on: Literal["all", "train"] = "all"  # clips whose mean and deviation normalise each mel band
 
     # optimisation
-    learning_rate: Annotated[float, Range(1e-12, 10)] = 0.001  # Adam's, with betas 0.9 and 0.999 and epsilon 1e-8
-    drop_after: Annotated[tuple[int, ...], Range(1)] = (20, 30, 35)  # epochs after which it is divided by ten
-    epochs: Annotated[int, Range(0)] = 40  # passes over the training clips
-    batch_size: Annotated[int, Range(1)] = 32  # clips a step
-    super_batch_size: Annotated[int, Range(1)] = 3000  # clips; batches never cross its end, so its last one is smaller
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of weights, split and order (NumPy), and of dropout (PyTorch)
+    learning_rate: number(float, 1e-12, 10) = 0.001  # Adam's, with betas 0.9 and 0.999 and epsilon 1e-8
+    drop_after: tuple[Count, ...] = (20, 30, 35)  # epochs after which it is divided by ten
+    epochs: number(int, 0) = 40  # passes over the training clips
+    batch_size: Count = 32  # clips a step
+    super_batch_size: Count = 3000  # clips; batches never cross its end, so its last one is smaller
+    seed: Seed = 1337  # of weights, split and order (NumPy), and of dropout (PyTorch)
 
     # machine
     device: str = "auto"  # auto (CUDA, else Apple's mps, else cpu), or one of them by name, such as cuda:1
@@ -59,100 +60,128 @@ class Settings:
     tf32: bool = True  # in float32 on CUDA, let matrix products round their inputs to TF32
 
 
-CLIPS_AHEAD = 512  # are read before they are needed: 160 MB
+STEPS_PER_READING = 100  # of the loss, on a GPU, which has to finish its work for each
 
 
 def main():
-    settings = settings_from_command_line(Settings, __doc__)
+    settings = tyro.cli(Settings, description=__doc__)
     device = choose_device(settings.device)
-    dtype = prepare_device(device, settings.precision, settings.tf32)
-    with joined_processes(device), claimed_folder(settings) as (folder, saved), remedy_for_full_gpu(device):
-        train(settings, device, dtype, folder, saved)
-
-
-def train(settings, device, dtype, folder, saved):
-    """Run the experiment, or what is left of it after the checkpoint `saved`, and print its scores."""
     dump = Dump(settings.data)
-    labels, tag_names = select_tags(dump.labels, dump.tag_names, settings.n_tags, settings.merge_tags)
+    with joined_processes(device), claimed_folder(settings) as (folder, last), remedy_for_full_gpu(device):
+        train(settings, dump, device, folder, last)
 
+
+def train(settings, dump, device, folder, last=None):
+    """Run the experiment, or what is left of it after the checkpoint `last`, and print its scores."""
+    # ====== data and network: one generator draws weights, split and order, in this order ======
     torch.manual_seed(settings.seed)
-    rng = np.random.RandomState(settings.seed)  # one generator draws weights, split and order, in this order
-    net = MultiScaleCNN(len(tag_names)).to(dtype)
+    rng = np.random.RandomState(settings.seed)
+    labels, tag_names = select_tags(dump.labels, dump.tag_names, settings.n_tags, settings.merge_tags)
+    net = build_network(len(tag_names)).to(prepare_device(device, settings.precision, settings.tf32))
     initialize(net, rng)
     parts = divide_clips(settings, dump, rng)
+
+    # ====== optimiser ======
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=True)
 
-    experiment = {
-        "tag_names": tag_names,
-        "front_end": dump.front_end,
+    # ====== what a checkpoint holds; last.pt has a "continuation" besides, see resume_state ======
+    checkpoint = {
+        "weights": net.state_dict(),  # the network's own tensors, so always the current ones
+        "tag_names": tag_names,  # in the order of the outputs
+        "normalization": None,  # "mean" and "std" of each mel band, (128,) float32 each: computed below
+        "front_end": dump.front_end,  # what the spectrograms were made with (lib.audio.FRONT_END)
         "hyperparameters": hyperparameters(settings),
-        "clip_ids": {part: torch.from_numpy(np.sort(dump.ids[rows])) for part, rows in parts.items()},
+        "clip_ids": {part: torch.from_numpy(np.sort(dump.ids[rows])) for part, rows in parts.items()},  # int64
+        "history": last["history"] if last else [],  # a dict for each epoch so far; epoch 0 is before training
         "dump": dump.fingerprint,
-        "synthetic": dump.synthetic,
+        "synthetic": dump.synthetic,  # trained on the demo
     }
-    history = []
-    source = saved or (load_checkpoint(settings.start_from) if settings.start_from else None)
-    if saved:
-        require_same_clips(saved, experiment, settings.data)
-        restore(saved, net, optimizer, parts["train"], rng, device)
-        history = saved["history"]
-    elif source:
-        take_weights(source, net, experiment)
+    history = checkpoint["history"]
 
-    def normalization():
-        sums, squares = dump.band_sums()  # reads the whole dump, and compares its checksums
-        rows = parts["train"] if settings.normalize_on == "train" else slice(None)
-        return band_normalization(sums[rows], squares[rows])
+    # ====== resume, or start from another experiment's weights ======
+    source = last
+    if last:
+        require_same_clips(last, checkpoint, settings.data)
+        resume(last, net, optimizer, parts["train"], rng)
+    elif settings.start_from:
+        source = load_checkpoint(settings.start_from)
+        start_from(source, checkpoint, net)
 
-    mean, std = from_main_process(normalization)
-    if source:
-        mean, std = (source["normalization"][name].numpy() for name in ("mean", "std"))
-    experiment["normalization"] = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
-    n_ahead = CLIPS_AHEAD // settings.batch_size
-    feeder = Feeder(dump, labels, (mean, std), device, getattr(torch, settings.precision), n_ahead)
-    n_steps = len(epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size))
-    print_summary(settings, experiment, dump, net, device, n_steps, n_done=len(history[1:]))
+    # ====== normalisation ======
+    rows = parts["train"] if settings.normalize_on == "train" else slice(None)
+    mean, std = from_rank_0(lambda: band_normalization(*dump.verify()[:, rows]))
+    computed = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
+    checkpoint["normalization"] = source["normalization"] if source else computed
+    loader = Loader(dump, labels, checkpoint["normalization"], device, settings.precision)
+    print_summary(settings, checkpoint, dump, net, device)
 
-    def score(rows):
-        """Return the macro ROC-AUC over all `rows` at once; NaN if no tag has one."""
-        with autocast(device, settings.precision):
-            return macro(roc_auc(labels[rows], predict(net, feeder, rows, settings.batch_size)))
-
-    def finish_epoch(epoch, loss):
-        """Validate, and write the checkpoints and what shows the progress."""
-        if is_main_process():
-            auc = score(parts["validation"])
-            row = {"epoch": epoch, "learning_rate": learning_rate_at(max(epoch, 1), settings), "loss": loss}
-            row["validation_roc_auc"] = None if np.isnan(auc) else float(auc)
-            row["best"] = bool(np.isnan(auc)) or all(auc > past["validation_roc_auc"] for past in history)
+    # ====== epochs ======
+    if last and rank() == 0:
+        write_outputs(folder, last, is_last=True)  # a kill may have come between last.pt and these
+    for epoch in range(len(history), settings.epochs + 1):
+        learning_rate, loss = learning_rate_at(epoch, settings), None
+        if epoch > 0:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            batches = epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size)
+            loss = train_epoch(net, optimizer, loader, batches, epoch)
+            rng.shuffle(parts["train"])
+        if rank() == 0:
+            auc = validate(net, loader, labels, parts["validation"], settings)
+            row = {"epoch": epoch, "learning_rate": learning_rate, "loss": loss, "validation_roc_auc": auc}
+            row["best"] = auc is None or all(auc > past["validation_roc_auc"] for past in history)
             history.append(row)
-            print_epoch(row)
-            checkpoint = {**experiment, "weights": net.state_dict(), "history": history}
-            state = resume_state(optimizer, parts["train"], rng, device)
-            save(folder / "last.pt", {**checkpoint, "continuation": state})
+            printed = "" if loss is None else f"loss {loss:.4f}  "
+            print(f"epoch {epoch:3}  {printed}validation ROC-AUC {format_score(auc)}{'  best' if row['best'] else ''}")
+            save(folder / "last.pt", {**checkpoint, "continuation": resume_state(optimizer, parts["train"], rng)})
             write_outputs(folder, checkpoint, is_last=epoch == settings.epochs)
 
-    if not saved:
-        finish_epoch(0, loss=None)
-    elif is_main_process():
-        write_outputs(folder, saved, is_last=True)  # a kill may have come between last.pt and these
-    for epoch in range(max(1, len(history)), settings.epochs + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(epoch, settings)
-        net.train()
-        batches = epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size)
-        losses = Losses(epoch, len(batches), device)
-        shares = [share_of_this_process(rows) for rows in batches]
-        for rows, (spectrograms, targets) in zip(batches, feeder.batches(shares)):
-            losses.append(training_step(net, optimizer, spectrograms, targets, len(rows), settings.precision))
-        rng.shuffle(parts["train"])
-        finish_epoch(epoch, losses.mean())
-
-    if is_main_process():
+    # ====== test ======
+    if rank() == 0:
         best = load_checkpoint(folder / "best.pt")
         net.load_state_dict(best["weights"])
-        print_scores(best, score(parts["test"]))
+        test, chosen = validate(net, loader, labels, parts["test"], settings), best["history"][-1]
+        validation = f"{format_score(chosen['validation_roc_auc'])} (epoch {chosen['epoch']})"
+        print(f"best validation ROC-AUC {validation}, test ROC-AUC {format_score(test)}")
+        print(compare_with_paper(best))
+
+
+def print_summary(settings, checkpoint, dump, net, device):
+    n_tags, n_done = len(checkpoint["tag_names"]), len(checkpoint["history"][1:])
+    train, validation, test = (f"{len(ids):,}" for ids in checkpoint["clip_ids"].values())
+    fewer = f" (all there are; {settings.n_tags} were asked for)" if n_tags < settings.n_tags else ""
+    bad = f"; {dump.n_bad:,} are bad: all zeros, and used all the same, as in the original" if dump.n_bad else ""
+    tf32 = device.type == "cuda" and settings.precision == "float32" and settings.tf32
+    print(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
+    print(f"clips      {train} training, {validation} validation, {test} test{bad}")
+    print(f"tags       {n_tags} tags{fewer}")
+    print(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
+    print(f"machine    {device}, {settings.precision}{' with TF32 matrix products' * tf32}, {world_size()} process(es)")
+    print(f"schedule   {settings.epochs} epochs, learning rate {settings.learning_rate:g}")
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()
+    if device.type == "cpu" and settings.precision == "float32" and instructions.get("avx512_bf16"):
+        print("note: this CPU computes in bfloat16 too: --precision bfloat16 takes about half the time")
+    if n_done:
+        print(f"resuming   after epoch {n_done}")
+
+
+def train_epoch(net, optimizer, loader, batches, epoch):
+    """Take a step on each batch, an array of rows; return the mean loss. Raises InputError if one is not finite."""
+    net.train()
+    losses, unread = [], []
+    n_unread = 1 if loader.device.type == "cpu" else STEPS_PER_READING
+    shares = loader.batches([share_of_batch(rows) for rows in batches])
+    bar = progress(shares, f"epoch {epoch}", len(batches), unit="step", leave=False, disable=True if rank() else None)
+    for step, (rows, (spectrograms, targets)) in enumerate(zip(batches, bar), start=1):
+        unread.append(training_step(net, optimizer, spectrograms, targets, len(rows), loader.precision))
+        if len(unread) == n_unread or step == len(batches):
+            losses += all_reduce(torch.stack(unread)).tolist()
+            unread = []
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+            if not np.isfinite(losses[-1]):
+                raise InputError(f"epoch {epoch}, step {step}: the loss is {losses[-1]}; try a lower --learning-rate")
+    return float(np.mean(losses))
 
 
 def training_step(net, optimizer, spectrograms, targets, n_clips, precision):
@@ -162,9 +191,15 @@ def training_step(net, optimizer, spectrograms, targets, n_clips, precision):
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / (n_clips * targets.shape[1])
     optimizer.zero_grad()
     loss.backward()
-    sum_gradients(net)
+    all_reduce_gradients(net)
     optimizer.step()
     return loss.detach()
+
+
+def validate(net, loader, labels, rows, settings):
+    """Return the macro ROC-AUC over all `rows` at once, or None if no tag has one."""
+    auc = macro(roc_auc(labels[rows], predict(net, loader, rows, settings.batch_size)))
+    return None if np.isnan(auc) else float(auc)
 
 
 def learning_rate_at(epoch, settings):
@@ -173,4 +208,4 @@ def learning_rate_at(epoch, settings):
 
 
 if __name__ == "__main__":
-    run(main, "after the last epoch printed, the same command with --resume, without --overwrite, goes on")
+    run(main, "the same command with --resume, without --overwrite, resumes after the last epoch printed")

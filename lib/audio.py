@@ -7,7 +7,7 @@ import numpy as np
 
 from lib.common import InputError, reason
 
-# soundfile, soxr, librosa and torch are imported where they are used: scoring a dump needs no audio library.
+# soundfile and librosa are imported where they are used: scoring a dump needs neither.
 
 N_MELS, N_FRAMES = 128, 628
 # The original's front end: librosa.load(sr=11025), then melspectrogram with the defaults of its day, then the log.
@@ -24,8 +24,6 @@ FRONT_END = {
 SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
 CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
 CLIP_SECONDS_READ = CLIP_SAMPLES // SAMPLE_RATE + 2  # of a longer file: more than frames and resampler reach
-FRAMES_AT_ONCE = 64  # stay in the cache from the window to the mel bands
-BANDS_AT_ONCE = 16  # neighbouring mel bands, which share a narrow range of frequencies
 
 
 def log_mel_spectrogram(path):
@@ -55,15 +53,14 @@ def decode(path, seconds=None):
     import soundfile
 
     try:
-        open(path, "rb").close()  # whose errors are clearer than the library's
+        open(path, "rb").close()  # its errors are clearer than the library's
     except OSError as error:
         raise InputError(error.strerror.lower()) from error
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:
-            # At once: soundfile seeks between blocks, after which some mp3 files go on with other last bits
+            # In one call: soundfile seeks between blocks, after which some mp3 files decode to other last bits
             samples = file.read(-1 if seconds is None else int(seconds * file.samplerate), "float32", always_2d=True)
-            mono = functools.reduce(np.add, samples.T)  # takes a tenth of the time of NumPy's mean
-            return np.divide(mono, file.channels, out=mono), file.samplerate
+            return sum(samples.T) / np.float32(file.channels), file.samplerate  # five times as fast as samples.mean
     except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
         message = getattr(error, "error_string", reason(error)).rstrip(".").lower()
         if "does not exist" in message:  # libsndfile's words for an mp3 without a single frame
@@ -72,21 +69,19 @@ def decode(path, seconds=None):
 
 
 def resample(samples, sample_rate):
-    """Return mono `samples` at 11,025 Hz, as librosa.resample(res_type="soxr_hq") gives them.
+    """Return mono `samples` at 11,025 Hz.
 
     Raises InputError for no samples, for a sample rate of no recording, and if the result is not finite.
     """
-    import soxr
+    import librosa
 
     if not len(samples):
         raise InputError("no audio in it")
     if not 100 <= sample_rate <= 1e6:
         raise InputError(f"a sample rate of {sample_rate} Hz")
-    if sample_rate != SAMPLE_RATE:
-        resampled = soxr.resample(samples, sample_rate, SAMPLE_RATE, quality="HQ")
-        length = int(np.ceil(len(samples) * SAMPLE_RATE / sample_rate))  # librosa rounds up, soxr to the nearest
-        samples = np.pad(resampled, (0, length - len(resampled)))
-    if not np.isfinite(samples).all():  # checked here, because loud samples can overflow in the resampler
+    if np.isfinite(samples).all():
+        samples = librosa.resample(samples, orig_sr=sample_rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+    if not np.isfinite(samples).all():  # loud samples can overflow in the resampler
         raise InputError("samples that are not finite")
     return samples
 
@@ -94,38 +89,23 @@ def resample(samples, sample_rate):
 def log_mel(samples, n_frames=N_FRAMES):
     """Return the log-mel spectrogram of the first `n_frames` of samples at 11,025 Hz: (128, n_frames) float32.
 
-    Too few samples are padded with silence. The spectrum is computed in float64, as librosa does: the strong low
-    frequencies of music would leave too few digits for the weak high ones in float32.
+    Too few samples are padded with silence. The spectrum is computed in float64: the strong low frequencies of music
+    would leave too few digits for the weak high ones in float32.
     """
-    import torch
+    import librosa
 
-    window, filters = _window_and_filters()
-    half = N_FFT // 2
     n_samples = (n_frames - 1) * HOP_LENGTH
-    samples = samples[: n_samples + half]  # what the last frame reaches
+    samples = samples[: n_samples + N_FFT // 2].astype(np.float64)  # as far as the last frame's window reaches
     samples = np.pad(samples, (0, max(0, max(n_samples, N_FFT) - len(samples))))
-    reflected = np.concatenate([samples[half:0:-1], samples, samples[-2 : -half - 2 : -1]], dtype=np.float64)
-    frames = torch.from_numpy(reflected).unfold(0, N_FFT, HOP_LENGTH)[:n_frames]
-    mel = torch.empty(n_frames, N_MELS, dtype=torch.float64)
-    with torch.inference_mode():
-        for some_frames, their_mel in zip(frames.split(FRAMES_AT_ONCE), mel.split(FRAMES_AT_ONCE)):
-            spectrum = torch.fft.rfft(some_frames * window)
-            power = spectrum.real.square() + spectrum.imag.square()
-            for bands, (frequencies, weights) in zip(their_mel.split(BANDS_AT_ONCE, dim=1), filters):
-                torch.mm(power[:, frequencies], weights, out=bands)
-    return np.log(np.maximum(mel.numpy(), FRONT_END["floor"])).T.astype(np.float32, order="C")
+    spectrum = librosa.stft(samples, n_fft=N_FFT, hop_length=HOP_LENGTH, pad_mode="reflect")[:, :n_frames]
+    mel = mel_filters() @ (spectrum.real**2 + spectrum.imag**2)
+    return np.log(np.maximum(mel, FRONT_END["floor"])).astype(np.float32)
 
 
 @functools.cache
-def _window_and_filters():
-    """Return the Hann window and, for every 16 mel bands, librosa's filters where they are not 0, with that range."""
-    import torch
+def mel_filters():
+    """Return librosa's mel filters, (128, 1025), as a sparse matrix: most of their weights are 0."""
     from librosa.filters import mel
+    from scipy.sparse import csr_array
 
-    filters = []
-    all_bands = mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64)
-    for bands in np.split(all_bands, range(BANDS_AT_ONCE, N_MELS, BANDS_AT_ONCE)):
-        used = np.flatnonzero(bands.any(axis=0))
-        frequencies = slice(used[0], used[-1] + 1)
-        filters.append((frequencies, torch.from_numpy(bands[:, frequencies].T.copy())))
-    return torch.hann_window(N_FFT, dtype=torch.float64), filters
+    return csr_array(mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64))

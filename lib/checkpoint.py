@@ -1,4 +1,7 @@
-"""Checkpoints: saved whole, loaded without executing anything, checked; and the state that resuming needs."""
+"""Checkpoints: saved whole, loaded without executing anything, checked; and the state that resuming needs.
+
+trainer.train has the literal that says what a checkpoint holds.
+"""
 
 import io
 import zipfile
@@ -8,25 +11,16 @@ import numpy as np
 import torch
 
 from lib.common import InputError, reason, whole_file
-from model import MultiScaleCNN
+from lib.parallel import prepare_device, remedy_for_full_gpu
+from model import build_network
 
-# What a checkpoint holds, with the type of each; last.pt has a "continuation" besides, see resume_state.
-CONTENTS = {
-    "weights": dict,  # the network's state_dict
-    "tag_names": list,  # in the order of the outputs
-    "normalization": dict,  # "mean" and "std" of each mel band, (128,) float32 each
-    "front_end": dict,  # what the spectrograms were made with (lib.audio.FRONT_END)
-    "hyperparameters": dict,  # trainer.Settings
-    "clip_ids": dict,  # the clips of "train", "validation" and "test", (clips,) int64 each
-    "history": list,  # a dict for each epoch, from 0, which is before training; the last is the checkpoint's own
-    "dump": str,  # Dump.fingerprint
-    "synthetic": bool,  # trained on the demo
-}
+CONTENTS = {"weights": dict, "tag_names": list, "normalization": dict, "front_end": dict, "hyperparameters": dict}
+CONTENTS |= {"clip_ids": dict, "history": list, "dump": str, "synthetic": bool}
 
 
 def save(path, checkpoint):
     """Write a checkpoint that loads with weights_only=True."""
-    buffer = io.BytesIO()  # because torch.save meets a full disk with a RuntimeError
+    buffer = io.BytesIO()  # because torch.save reports a full disk with a RuntimeError
     torch.save(checkpoint, buffer)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
@@ -44,50 +38,55 @@ def load_checkpoint(path):
             if damaged := archive.testzip():
                 raise InputError(f"its part {damaged} has another checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _check(checkpoint)
+        if wrong := [name for name, kind in CONTENTS.items() if not isinstance(checkpoint[name], kind)]:
+            raise InputError(f"its {wrong[0]} is no {CONTENTS[wrong[0]].__name__}")
+        weights = checkpoint["weights"]  # the head was called top once
+        checkpoint["weights"] = {name.replace("top.", "head."): value for name, value in weights.items()}
+        with torch.device("meta"):
+            build_network(len(checkpoint["tag_names"])).load_state_dict(checkpoint["weights"], assign=True)
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
         fault = reason(error)[:100]
         raise InputError(f"{path}: damaged, or not a checkpoint of trainer.py ({fault}); train again") from error
     return checkpoint
 
 
-def _check(checkpoint):
-    """Raise an exception if the contents of a checkpoint are not what trainer.py writes."""
-    for name, kind in CONTENTS.items():
-        if not isinstance(checkpoint[name], kind):
-            raise InputError(f"its {name} is no {kind.__name__}")
-    with torch.device("meta"):
-        expected = MultiScaleCNN(len(checkpoint["tag_names"])).state_dict()
-    found = {name: value.shape for name, value in checkpoint["weights"].items()}
-    if found != {name: value.shape for name, value in expected.items()}:
-        raise InputError(f"it holds the weights of another network than this with {len(checkpoint['tag_names'])} tags")
+def load_network(checkpoint, device, precision="checkpoint"):
+    """Return (network, precision) on `device`; a `precision` of "checkpoint" is the one that it was trained in."""
+    trained = checkpoint["hyperparameters"]
+    if precision == "checkpoint":
+        precision = trained.get("precision", "float32")
+    dtype = prepare_device(device, precision, trained.get("tf32", True))
+    net = build_network(len(checkpoint["tag_names"]))
+    net.load_state_dict(checkpoint["weights"])
+    with remedy_for_full_gpu(device):
+        return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
-def n_test_clips_seen(checkpoint, experiment):
-    """Return how many test clips of an `experiment`, or of another checkpoint, trained or chose the checkpoint."""
+def n_test_clips_seen(checkpoint, other):
+    """Return how many test clips of the checkpoint `other` were used to train or select `checkpoint`."""
     seen = torch.cat([checkpoint["clip_ids"][part] for part in ("train", "validation")])
-    return int(torch.isin(experiment["clip_ids"]["test"], seen).sum())
+    return int(torch.isin(other["clip_ids"]["test"], seen).sum())
 
 
-def take_weights(checkpoint, net, experiment):
-    """Copy the checkpoint's weights into `net`, but for the last layer if its tags are not the experiment's; say so.
+def start_from(source, checkpoint, net):
+    """Copy the weights of the checkpoint `source` into `net`, except the head's if the tags differ; say so.
 
     Raises InputError if its spectrograms had another front end.
     """
-    if checkpoint["front_end"] != experiment["front_end"]:
+    if source["front_end"] != checkpoint["front_end"]:
         raise InputError("--start-from: that checkpoint was trained on spectrograms of another front end")
-    if checkpoint["dump"] == experiment["dump"] and (n_seen := n_test_clips_seen(checkpoint, experiment)):
+    if source["dump"] == checkpoint["dump"] and (n_seen := n_test_clips_seen(source, checkpoint)):
         print(f"note: {n_seen:,} of the test clips trained, or chose, that checkpoint; their score will be too good")
-    weights, same_tags = checkpoint["weights"], checkpoint["tag_names"] == experiment["tag_names"]
+    weights, same_tags = source["weights"], source["tag_names"] == checkpoint["tag_names"]
     if not same_tags:
-        weights = {name: value for name, value in weights.items() if not name.startswith("top.")}
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
     net.load_state_dict(weights, strict=same_tags)
-    top = "with its own" if same_tags else "for other tags, with a fresh"
-    print(f"starting   from a checkpoint of epoch {checkpoint['history'][-1]['epoch']}, {top} last layer")
+    head = "with its own" if same_tags else "for other tags, with a fresh"
+    print(f"starting   from a checkpoint of epoch {source['history'][-1]['epoch']}, {head} last layer")
 
 
-def resume_state(optimizer, train, rng, device):
-    """Return what resuming needs besides the checkpoint: the optimiser, the clips' order, all generators."""
+def resume_state(optimizer, train, rng):
+    """Return what resuming needs besides the checkpoint: the optimiser, the clips' order, both generators."""
     _, numpy_key, *numpy_rest = rng.get_state()
     return {
         "optimizer": optimizer.state_dict(),
@@ -95,17 +94,14 @@ def resume_state(optimizer, train, rng, device):
         "numpy_key": torch.from_numpy(numpy_key.astype(np.int64)),
         "numpy_rest": numpy_rest,
         "torch_rng": torch.get_rng_state(),
-        "device_rng": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
     }
 
 
-def restore(saved, net, optimizer, train, rng, device):
-    """Put the network, the optimiser, the clips' order `train` and all generators into the state of `saved`."""
-    state = saved["continuation"]
-    net.load_state_dict(saved["weights"])
+def resume(last, net, optimizer, train, rng):
+    """Put the network, the optimiser, the clips' order `train` and both generators into the state of `last`."""
+    state = last["continuation"]
+    net.load_state_dict(last["weights"])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
     train[:] = state["train_order"].numpy()
     rng.set_state(("MT19937", state["numpy_key"].numpy().astype(np.uint32), *state["numpy_rest"]))
     torch.set_rng_state(state["torch_rng"])
-    if state["device_rng"] is not None and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device_rng"])

@@ -1,62 +1,49 @@
-"""What every script needs: settings and their ranges, one-line errors, progress, whole files, locks."""
+"""What every script needs: named types for settings, one-line errors, progress, whole files, locks.
+
+Scripts import it before the packages that take long to import, so that Ctrl-C is one line from then on.
+"""
 
 import contextlib
 import csv
+import ctypes
 import errno
 import functools
 import os
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import get_type_hints
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK_SECONDS = 3  # a killed run's last worker may take a while to notice
+LOCK_SECONDS = 3  # the last worker of a killed run may take a while to notice
 progress = functools.partial(tqdm, disable=None)  # shows nothing where the output is no terminal: logs stay readable
 
 
-def n_cores():
-    """Return how many of the machine's cores this process may use, by its affinity and its container's quota."""
-    import joblib  # here, because most scripts never ask
+def number(kind, low, high=1e9):
+    """Return the type of a setting that is an int or a float from `low` to `high`, both included."""
 
-    return joblib.cpu_count()
+    def parse(words):
+        if not low <= (value := kind(words[0])) <= high:  # NaN is not either
+            raise ValueError(f"must be in the range {low:g} to {high:g}")
+        return value
+
+    spec = PrimitiveConstructorSpec(1, kind.__name__.upper(), parse, lambda value: True, lambda value: [str(value)])
+    return Annotated[kind, spec]
+
+
+Count = number(int, 1)
+Seed = number(int, 0, 2**32 - 1)  # those that numpy.random.RandomState takes
 
 
 class InputError(Exception):
     """Something the person running the script can put right; the message names the file and the remedy."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """The values that a number in a settings block may have, both ends included: Annotated[int, Range(1, 99)]."""
-
-    low: float
-    high: float = 1e9
-
-
-def settings_from_command_line(settings_class, description):
-    """Return `settings_class` (a dataclass) filled from the command line: every field is an option.
-
-    The comment beside a field is its help. A wrong name or type ends the program with status 2. Raises InputError for
-    a number outside its Range.
-    """
-    import tyro  # here, so that a library user of the scripts' functions needs no command line
-
-    settings = tyro.cli(settings_class, description=description)
-    for name, hint in get_type_hints(settings_class, include_extras=True).items():
-        for allowed in getattr(hint, "__metadata__", ()):
-            value = getattr(settings, name)
-            for number in value if isinstance(value, tuple) else [value]:
-                if not allowed.low <= number <= allowed.high:  # nor is NaN
-                    ends = f"{allowed.low:g} to {allowed.high:g}"
-                    raise InputError(f"--{name.replace('_', '-')} {number}: must be in the range {ends}")
-    return settings
-
-
-def run(main, to_continue="the same command goes on from here"):
+def run(main, to_continue="the same command resumes"):
     """Call `main()` and exit; foreseeable failures become one line on stderr and a non-zero status.
 
     Exit status: what `main` returns (None is 0), 1 for bad input or a failed file operation, 130 for Ctrl-C.
@@ -64,18 +51,47 @@ def run(main, to_continue="the same command goes on from here"):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell's >&-
             setattr(sys, name, open(os.devnull, "w"))
-    # Lines, so that a log file shows what has been done so far; no name of a file is too odd to print.
+    # Line buffering lets a log file show the progress; backslashreplace prints any file name
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         status = main()
-    except (InputError, OSError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        print(f"error: {reason(error)}{f'; make room, then {to_continue}' if full else ''}", file=sys.stderr)
-        status = 1
     except KeyboardInterrupt:
         print(f"\ninterrupted; {to_continue}", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(LOCK_SECONDS)  # if rank 0 fails too, torchrun ends this process before it repeats the message
+        if not isinstance(error, (InputError, OSError)):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        print(f"error: {reason(error)}{f'; make room, then {to_continue}' if full else ''}", file=sys.stderr)
+        status = 1
     sys.exit(status)
+
+
+def report_interrupt(kind, error, traceback):
+    """Print one line for a Ctrl-C outside `run`, as during the imports; leave other exceptions to Python."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = report_interrupt
+
+
+def keep_freed_memory():
+    """Tell the C library to keep freed memory for the next arrays instead of returning it to the kernel.
+
+    A training step, or a spectrogram, frees and takes the same memory again; the kernel would clear its pages each
+    time, which costs as much as the arithmetic. Only glibc understands this; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks on the heap too
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+            mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
 
 
 def reason(error):
@@ -90,7 +106,7 @@ def reason(error):
 
 @contextlib.contextmanager
 def naming(path):
-    """Give an OSError that names no file the name of `path`: a full disk does not say which file it had no room for."""
+    """Add the file name `path` to an OSError without one: that of a write to a full disk carries none."""
     try:
         yield
     except OSError as error:
@@ -102,8 +118,8 @@ def naming(path):
 def whole_file(path, mode="wb", durable=True, **options):
     """Open `path` for writing so that it appears complete or not at all, whenever the process dies.
 
-    The bytes go to `<path>.partial`, reach the disk, and only then take the name. With `durable=False` they need
-    not have reached the disk, for files that the next start checks byte by byte.
+    The bytes go to `<path>.partial`, which is renamed once they are on the disk. `durable=False` skips fsync, for
+    files that are verified on the next run.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -130,10 +146,11 @@ def write_table(path, rows, **options):
 def lock(path):
     """Let one process at a time work on the file `path`, which need not exist.
 
-    The lock dies with its process; its file, `.<name>.lock`, stays. Raises InputError if another process has it.
+    The lock is released when its process dies; its file, `.<name>.lock`, remains. Raises InputError if another
+    process holds it.
     """
     try:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
             yield
     except Timeout:
-        raise InputError(f"{path}: another process is at work on it; wait for its end, or write elsewhere") from None
+        raise InputError(f"{path}: in use by another process; wait until it ends, or write elsewhere") from None

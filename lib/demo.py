@@ -12,8 +12,9 @@ from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import soundfile
+from joblib import cpu_count
 
-from lib.common import InputError, n_cores, progress, whole_file, write_table
+from lib.common import InputError, progress, whole_file, write_table
 
 SAMPLE_RATE = 16000  # Hz
 N_SAMPLES = 464_640  # 29.04 s, which the encoder pads to MagnaTagATune's 809 frames of 576 samples
@@ -46,7 +47,7 @@ def render(folder, n_clips=192, seed=1337):
     claim(folder, n_clips, seed)
     clips = list_clips(n_clips, seed)
     missing = [clip for clip in clips if not (folder / clip.path).exists()]
-    with ThreadPool(n_cores()) as pool:  # threads, because NumPy and the encoder release the interpreter's lock
+    with ThreadPool(cpu_count()) as pool:  # threads, because NumPy and the encoder release the interpreter's lock
         written = pool.imap_unordered(partial(write_clip, folder, seed), missing)
         for _ in progress(written, "rendering", len(missing), unit="clip"):
             pass

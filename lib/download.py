@@ -19,7 +19,9 @@ CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when
 WINDOW = 30  # seconds over which the rate is taken
 SLOWEST = 30_000  # bytes a second; a host that is slower for two windows gives way to one that is untried
 BREATH = 1  # seconds until a host is asked again whose connection has broken off early
-LONGEST_PAUSE = 60  # seconds, however many attempts failed
+TIMEOUT = 30  # seconds without a byte after which a connection has failed
+ATTEMPTS = 10  # of all hosts for a piece; each lasts as long as the host delivers
+PAUSE, LONGEST_PAUSE = 1, 60  # seconds before the second attempt; it doubles, but only so far
 
 
 class Piece(NamedTuple):
@@ -34,7 +36,6 @@ class Piece(NamedTuple):
 @dataclass
 class Host:
     url: str  # of the folder with the files; ends with /
-    timeout: float  # seconds without a byte after which a connection has failed
     verify: bool = True  # its certificate
     served: bool = False  # whether anything has come from it
     demoted: bool = False  # slow, or sent something wrong: the others come first
@@ -78,7 +79,7 @@ class Host:
         # A server that compressed the file would count other bytes.
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
         try:
-            return requests.get(self.url + name, headers=headers, timeout=self.timeout, stream=True, verify=self.verify)
+            return requests.get(self.url + name, headers=headers, timeout=TIMEOUT, stream=True, verify=self.verify)
         except requests.exceptions.SSLError as error:
             if not self.verify or "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
@@ -88,7 +89,7 @@ class Host:
         return self.get(name, begin, end)
 
 
-def fetch(path, pieces, hosts, attempts, pause):
+def fetch(path, pieces, hosts):
     """Bring a file to `path`, unless it is there. `pieces`: the whole file and its parts, if some hosts have those.
 
     A part that a person has put beside it is used. Each host gets so many `attempts`, and after all have failed there
@@ -100,7 +101,7 @@ def fetch(path, pieces, hosts, attempts, pause):
         with naming(partial), open(partial, "ab") as output:
             for piece in parts or [whole]:
                 copy_part(output, piece)
-                complete(output, whole, piece, sorted(hosts, key=lambda host: host.demoted), attempts, pause)
+                complete(output, whole, piece, sorted(hosts, key=lambda host: host.demoted))
             output.truncate(whole.end)
         os.replace(partial, path)
     require_md5(path, whole.md5)
@@ -138,11 +139,11 @@ def cut(output, size):
     output.truncate()
 
 
-def complete(output, whole, piece, hosts, attempts, pause):
+def complete(output, whole, piece, hosts):
     """Append to `output` what it lacks of a piece, from the first host; where one fails, it becomes the last."""
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(min(pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+            time.sleep(min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
         for _ in range(len(hosts)):
             if receive(output, whole, piece, *hosts):
                 return

@@ -1,4 +1,4 @@
-"""An experiment's folder: claimed by one run, checked before that goes on, and filled with what shows its progress."""
+"""An experiment's folder: held by one run, checked before that starts or resumes, and filled with its results."""
 
 import contextlib
 import dataclasses
@@ -9,12 +9,12 @@ import torch
 
 from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock, whole_file, write_table
-from lib.parallel import barrier, is_main_process
+from lib.parallel import barrier, rank
 
-MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}
-# Besides last.pt, by trainer.py and by evaluate.py
-OUTPUTS = ("best.pt", "hyperparameters.json", "history.csv", "curves.png", "results.json", "per_tag.*")
-OUTPUTS += ("correlations.png", "taggram_*.png", "predictions_*.csv", "worth_a_listen.csv", "comparison.*")
+MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}  # when a run resumes
+# What belongs to a checkpoint besides last.pt; the last six are evaluate.py's
+OUTPUTS = "best.pt hyperparameters.json history.csv curves.png results.json per_tag.* correlations.png taggram_*.png"
+OUTPUTS += " predictions_*.csv worth_a_listen.csv comparison.*"
 SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, which short epochs would feel
 
 
@@ -23,7 +23,7 @@ def claimed_folder(settings):
     """Hold the experiment's folder for this run alone; yield (folder, the checkpoint to resume from or None)."""
     folder = settings.experiments / settings.name
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "last.pt") if is_main_process() else contextlib.nullcontext():
+    with lock(folder / "last.pt") if rank() == 0 else contextlib.nullcontext():
         barrier()  # the other processes look into the folder once it is held
         yield folder, saved_experiment(folder, settings)
 
@@ -35,35 +35,27 @@ def saved_experiment(folder, settings):
     """
     last, best = folder / "last.pt", folder / "best.pt"
     if settings.resume and settings.overwrite:
-        raise InputError("--resume goes on and --overwrite begins anew: give one of them")
+        raise InputError("--resume continues an experiment and --overwrite replaces it: give one of them")
     if settings.overwrite or not (last.exists() or best.exists()):
         return None
     if not settings.resume:
-        raise InputError(f"{folder}: holds an experiment; --resume goes on, --overwrite begins anew")
-    if not last.exists():
-        raise InputError(f"{last}: missing, and {best.name} is not enough to go on from; --overwrite begins anew")
+        raise InputError(f"{folder}: holds an experiment; --resume continues it, --overwrite replaces it")
     saved = load_checkpoint(last)
     if "continuation" not in saved:
         raise InputError(f"{last}: lacks the state that resuming needs; it is a copy of another checkpoint")
-    require_same_hyperparameters(saved, settings, last)
-    if not best.exists() and not saved["history"][-1]["best"]:  # else it is written anew: a kill came before it
-        raise InputError(f"{best}: missing; --overwrite begins anew")
+    then, now = hyperparameters(type(settings)()) | saved["hyperparameters"], hyperparameters(settings)
+    names = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
+    if differing := [f"{name} ({then[name]} there, {now[name]} now)" for name in names]:
+        raise InputError(f"{last}: has other hyperparameters: {', '.join(differing)}; resume with the same")
+    if not best.exists() and not saved["history"][-1]["best"]:  # else write_outputs had no time to write it
+        raise InputError(f"{best}: missing; --overwrite starts over")
     return saved
 
 
-def require_same_hyperparameters(saved, settings, path):
-    """Raise InputError if `settings` are of another experiment than `saved`; only more epochs are the same one."""
-    then, now = hyperparameters(type(settings)()) | saved["hyperparameters"], hyperparameters(settings)
-    names = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
-    differing = [f"{name} ({then[name]} there, {now[name]} now)" for name in names]
-    if differing:
-        raise InputError(f"{path}: begun with other hyperparameters: {', '.join(differing)}; resume with the same")
-
-
-def require_same_clips(saved, experiment, data):
+def require_same_clips(saved, checkpoint, data):
     """Raise InputError if `saved` was trained on another dump, or on other clips or tags of it."""
-    same_clips = all(torch.equal(ids, saved["clip_ids"][part]) for part, ids in experiment["clip_ids"].items())
-    if saved["dump"] != experiment["dump"] or saved["tag_names"] != experiment["tag_names"] or not same_clips:
+    same_clips = all(torch.equal(ids, saved["clip_ids"][part]) for part, ids in checkpoint["clip_ids"].items())
+    if saved["dump"] != checkpoint["dump"] or saved["tag_names"] != checkpoint["tag_names"] or not same_clips:
         raise InputError(f"{data}: not the dump that this experiment was begun on")
 
 
@@ -73,12 +65,12 @@ def hyperparameters(settings):
 
 
 def write_outputs(folder, checkpoint, is_last):
-    """Write what follows from last.pt; at an experiment's start, what an older one left in the folder goes first."""
+    """Write what follows from last.pt; when an experiment begins, delete what an earlier one left in the folder."""
     from lib.figures import training_curves  # matplotlib takes a while to import
 
     history, curves = checkpoint["history"], folder / "curves.png"
     if len(history) == 1:
-        for path in [path for pattern in OUTPUTS for path in folder.glob(pattern)]:
+        for path in [path for pattern in OUTPUTS.split() for path in folder.glob(pattern)]:
             path.unlink()
     if history[-1]["best"]:
         save(folder / "best.pt", {name: value for name, value in checkpoint.items() if name != "continuation"})

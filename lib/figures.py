@@ -137,10 +137,9 @@ def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
 
 def _correlations(columns):
     """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 0 for a tag that never varies."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlations = np.atleast_2d(np.corrcoef(columns, rowvar=False))
-    constant = np.ptp(columns, axis=0) == 0  # for which corrcoef gives NaN, or what rounding errors make
-    correlations[constant] = correlations[:, constant] = 0
+    centred = np.where(np.ptp(columns, axis=0) > 0, columns - columns.mean(axis=0), 0)
+    lengths = np.linalg.norm(centred, axis=0)
+    correlations = np.clip(centred.T @ centred / np.maximum(np.outer(lengths, lengths), 1e-300), -1, 1)
     np.fill_diagonal(correlations, 1)
     return correlations
 

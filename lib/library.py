@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, log_mel
-from lib.common import InputError, lock, n_cores, progress, reason, whole_file
-from lib.dump import crc_of_file
-from lib.feeder import load_ahead
+from lib.common import InputError, lock, progress, reason, whole_file
+from lib.dump import hex_crc32
+from lib.loader import load_ahead
 from lib.tagger import Tagger, audio_files, windows
 
 INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header promises, as some mp3 files are
@@ -30,7 +31,7 @@ def tag_files(settings, checkpoint_path):
         print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little")
     files = audio_files(settings.tag)
     if settings.csv:
-        n_errors = tag_library(settings.csv, tagger, crc_of_file(checkpoint_path), files)
+        n_errors = tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files)
     else:
         n_errors = print_tags(settings, tagger, checkpoint_path.parent, files)
     return 1 if n_errors else 0
@@ -54,7 +55,7 @@ def tagged(tagger, files):
 
     if len(files) > 1:
         torch.set_num_threads(1)  # each thread has a file of its own
-    return load_ahead(tag, files, n_ahead=n_cores(), n_threads=n_cores())
+    return load_ahead(tag, files, n_ahead=cpu_count(), n_threads=cpu_count())
 
 
 def print_tags(settings, tagger, folder, files):

@@ -1,18 +1,18 @@
 """Devices and processes: choose a device, join torchrun's processes, share a batch among them, sum over them."""
 
-import ctypes
 import os
 import sys
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from joblib import cpu_count
 
-from lib.common import InputError, n_cores, reason
+from lib.common import InputError, keep_freed_memory, reason
 
-COLLECTIVE_HOURS = 2  # that a process waits for the others: the main one reads the whole dump, and validates, alone
+COLLECTIVE_HOURS = 2  # that a process waits for the others: rank 0 reads the whole dump, and validates, alone
 
 
 def choose_device(name):
@@ -36,20 +36,6 @@ def choose_device(name):
     return probe.device
 
 
-def keep_freed_memory():
-    """Tell the C library to keep freed memory for the next tensors instead of giving it back.
-
-    Each training step frees and takes a gigabyte again; having the kernel clear those pages anew costs as much time
-    as the arithmetic. Only glibc understands this; elsewhere nothing happens.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too ...
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and the heap is not given back ...
-            mallopt(-8, 1)  # M_ARENA_MAX: ... nor is it another one for each thread
-
-
 def prepare_device(device, precision, tf32):
     """Prepare `device` to compute in `precision`, with TF32 matrix products if `tf32`; return the weights' dtype.
 
@@ -59,29 +45,11 @@ def prepare_device(device, precision, tf32):
         raise InputError(f"--precision float64: {device} has no float64; --device cpu has")
     if device.type == "cpu":
         keep_freed_memory()
-        if n_cores() < torch.get_num_threads():  # which does not know a container's share of the machine
-            torch.set_num_threads(n_cores())
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # which knows a container's share of the cores
     if device.type == "cuda":
         fp32 = "tf32" if tf32 else "ieee"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
     return torch.float64 if precision == "float64" else torch.float32
-
-
-def note_speed_of_bfloat16(precision):
-    """Say what --precision bfloat16 costs or saves on this CPU, where PyTorch knows the processor's instructions."""
-    knows = getattr(torch.cpu, "get_capabilities", dict)()
-    has_bfloat16 = knows.get("avx512_bf16") or knows.get("amx_bf16")
-    if has_bfloat16 and precision == "float32":
-        print("note: this CPU computes in bfloat16 too: --precision bfloat16 takes about half the time")
-    if knows and not has_bfloat16 and precision == "bfloat16":
-        print("note: this CPU has no bfloat16 arithmetic: --precision bfloat16 will be slower than float32")
-
-
-def note_idle_cores():
-    """Say so where torchrun's processes leave cores idle: unless told otherwise, it gives each of them one thread."""
-    share = n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if n_processes() > 1 and torch.get_num_threads() < share:
-        print(f"note: each process uses {torch.get_num_threads()} of its {share} cores; set OMP_NUM_THREADS={share}")
 
 
 def autocast(device, precision):
@@ -101,7 +69,7 @@ def remedy_for_full_gpu(device):
 
 @contextmanager
 def joined_processes(device):
-    """Be one of the processes that torchrun started, if it did; only the main one prints.
+    """Be one of the processes that torchrun started, if it did; only rank 0 prints.
 
     Raises InputError if torchrun's environment is incomplete.
     """
@@ -113,7 +81,7 @@ def joined_processes(device):
         dist.init_process_group(backend, timeout=timedelta(hours=COLLECTIVE_HOURS), device_id=gpu)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"WORLD_SIZE is set, but {reason(error)}: start processes with torchrun") from error
-    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_main_process() else nowhere):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()
 
@@ -123,69 +91,37 @@ def started_with_others():
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def require_one_process(script):
-    """Raise InputError in processes of torchrun, which would write the same files."""
-    if started_with_others():
-        raise InputError(f"{script}: runs in one process; start it with python instead of torchrun")
-
-
-def n_processes():
+def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_main_process():
-    """Return whether this process is the one that writes, prints and validates."""
-    return n_processes() == 1 or dist.get_rank() == 0
+def rank():
+    """Return this process's number. Rank 0 writes, prints and validates."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier():
     """Wait for the other processes."""
-    if n_processes() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def share_of_this_process(rows):
+def share_of_batch(rows):
     """Return this process's rows of a global batch: consecutive; their numbers differ by at most one."""
-    return np.array_split(rows, n_processes())[dist.get_rank()] if n_processes() > 1 else rows
+    return np.array_split(rows, world_size())[rank()]
 
 
-def from_main_process(compute):
-    """Return in every process what `compute()` returns in the main one; what it raises there is raised everywhere."""
-    if n_processes() == 1:
-        return compute()
-    outcome = [None, None]
-    if is_main_process():
-        try:
-            outcome = [compute(), None]
-        except (InputError, OSError) as error:
-            outcome = [None, error]
-    dist.broadcast_object_list(outcome)
-    result, error = outcome
-    if error:
-        raise error
-    return result
+def from_rank_0(compute):
+    """Return in every process what `compute()` returns in rank 0."""
+    result = [None if rank() else compute()]
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
-class _AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes; each process's loss depends on it, so its gradient is a sum too."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    backward = forward
-
-
-def sum_over_processes(tensor):
-    """Return the sum of `tensor` over all training processes, and let gradients flow back to each of them."""
-    return _AllReduce.apply(tensor) if n_processes() > 1 else tensor
-
-
-def sum_gradients(net):
+def all_reduce_gradients(net):
     """Replace each process's gradients by their sum over all processes, in one message."""
-    if n_processes() > 1:
+    if world_size() > 1:
         gradients = [weights.grad for weights in net.parameters()]
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total)

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 
 from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, load, log_mel, resample
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint, load_network
 from lib.common import InputError
-from lib.feeder import to_probabilities
-from lib.parallel import autocast, choose_device, prepare_device, remedy_for_full_gpu
-from model import MultiScaleCNN
+from lib.loader import to_probabilities
+from lib.parallel import autocast, choose_device, remedy_for_full_gpu
 
 CLIPS_AT_ONCE = 9  # go through the network: a song of four minutes; 0.2 GB in float32
 
@@ -30,7 +29,7 @@ class Tagger:
             raise InputError(f"{checkpoint_path}: trained on spectrograms of another front end; train again")
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
         self.device = choose_device(device)
-        self.net, self.precision = network_of(checkpoint, self.device, precision)
+        self.net, self.precision = load_network(checkpoint, self.device, precision)
         self.mean, self.std = (checkpoint["normalization"][name].numpy()[:, None] for name in ("mean", "std"))
 
     def __call__(self, audio, sample_rate=None):
@@ -64,18 +63,6 @@ class Tagger:
         """Return {tag: probability}, the most likely first: the mean over the spectrograms of a recording."""
         mean = self.probabilities(spectrograms).mean(axis=0)
         return {self.tag_names[tag]: float(mean[tag]) for tag in np.argsort(-mean, kind="stable")}
-
-
-def network_of(checkpoint, device, precision="checkpoint"):
-    """Return (network, precision) on `device`; a `precision` of "checkpoint" is the one that it was trained in."""
-    trained = checkpoint["hyperparameters"]
-    if precision == "checkpoint":
-        precision = trained.get("precision", "float32")
-    dtype = prepare_device(device, precision, trained.get("tf32", True))
-    net = MultiScaleCNN(len(checkpoint["tag_names"]))
-    net.load_state_dict(checkpoint["weights"])
-    with remedy_for_full_gpu(device):
-        return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
 def windows(samples):

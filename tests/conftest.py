@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cuda_on_cpu import played_gpus
-from gen_spectrograms import begin_or_continue, finish, plan_dump
+from gen_spectrograms import finish, manifest_of, plan_dump
 from lib.audio import N_FRAMES, N_MELS
 from lib.common import lock, run as run_main
-from lib.dump import ChunkWriter, MANIFEST, divide
+from lib.dump import MANIFEST, divide
 from tags import read_annotations
 
 SHARED = ROOT.parent / "shared"
@@ -72,7 +72,7 @@ def shared():
     return SHARED
 
 
-def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar", "flute", "slow")):
+def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar", "flute", "slow"), n_chunks=3):
     """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it.
 
     Clips of one track, so many in a row, have the same tags. `names` are those of the first three.
@@ -86,15 +86,15 @@ def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar",
         lines.append("\t".join([str(101 + clip), *(str(int(tag)) for tag in tags), f"{'09cdf'[clip % 5]}/{clip}.mp3"]))
     (data / "tags.csv").write_text("\n".join(lines))
     annotations = read_annotations(data / "tags.csv")
-    plan = plan_dump(data / "tags.csv", annotations, n_chunks=3)
-    chunks = divide(data, n_clips, 3)
+    plan = plan_dump(data / "tags.csv", annotations, n_chunks)
+    chunks = divide(data, n_clips, n_chunks)
     with lock(data / MANIFEST):
-        begin_or_continue(data, plan, overwrite=False)
+        manifest_of(data, plan)
         for chunk in chunks:
-            writer = ChunkWriter(chunk)
-            for _ in chunk.rows:
-                writer.append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
-            writer.finish()
+            chunk.resume()
+            for row in chunk.rows:
+                chunk.append(row, rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
+            chunk.finish()
         finish(data, plan, annotations, chunks)
     return data
 

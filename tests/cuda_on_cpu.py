@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lib.feeder
+import lib.loader
 
 RANDOM = {"rand", "randn", "randint", "randperm"}
 ONLY_ON_CPU = {"numpy", "__array__", "pin_memory"}
@@ -147,10 +147,10 @@ def played_gpus(n_gpus=1):
         assert backend == "nccl" and device_id.index is not None, "NCCL's barrier has to guess the GPU, and warns"
         init_process_group("gloo", **options)
 
-    def all_reduce_by_nccl(tensor):
+    def all_reduce_by_nccl(tensor, **options):
         in_backward_pass = _get_current_function_mode() is None  # where no tensor is marked
         assert in_backward_pass or tensor in gpus.devices, "NCCL has no operations on the CPU's tensors"
-        all_reduce(tensor)
+        all_reduce(tensor, **options)
 
     stand_ins = {
         torch.cuda: {
@@ -161,12 +161,10 @@ def played_gpus(n_gpus=1):
             "is_current_stream_capturing": lambda: False,
             "set_device": gpus.set_device,
             "manual_seed_all": gpus.manual_seed_all,
-            "get_rng_state": gpus.generator.get_state,
-            "set_rng_state": gpus.generator.set_state,
         },
         torch: {"autocast": autocast_on_cpu},
         dist: {"init_process_group": init_nccl, "all_reduce": all_reduce_by_nccl},
-        lib.feeder: {"ThreadPoolExecutor": partial(ThreadPoolExecutor, initializer=gpus.__enter__)},
+        lib.loader: {"ThreadPoolExecutor": partial(ThreadPoolExecutor, initializer=gpus.__enter__)},
     }
     switches = [(owner, owner.fp32_precision) for owner in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]
     with contextlib.ExitStack() as stack:

@@ -11,10 +11,9 @@ from cuda_on_cpu import played_gpus
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.dump import Dump
-from lib.feeder import Feeder, predict
-from lib.parallel import autocast, choose_device, prepare_device
-from lib.report import Losses
-from model import BatchDropout, MultiScaleCNN, initialize
+from lib.loader import Loader, predict
+from lib.parallel import choose_device, prepare_device
+from model import MultiScaleCNN, initialize
 from test_trainer import TINY, same_checkpoint, without_paths
 
 TINY = [*TINY, "--train-size", 4]  # 2 steps
@@ -74,7 +73,7 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
     assert "machine    cuda:0, float32" in printed
     train("parts", "cuda", 1)
     parts, _ = train("parts", "cuda", 2)
-    assert same_checkpoint(whole, parts), "the dropout masks come from the GPU's own generator"
+    assert same_checkpoint(whole, parts)
     gpus.n_pinned = 0
     on_cpu, _ = train("parts", "cpu", 3)
     assert gpus.n_pinned == 0, "what stays on the CPU has no use for pinned memory"
@@ -83,33 +82,33 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
     assert back["history"][:3] == whole["history"] and back["history"][:4] == on_cpu["history"]
     assert not same_checkpoint(back["weights"], on_cpu["weights"])
 
-    best, dump, rows = load_checkpoint(tmp_path / "whole/best.pt"), Dump(small), np.arange(8)
-    settings = evaluate.Settings(batch_size=4)
-    on_cpu, on_gpu = (
-        evaluate.predict_rows(best, dump, rows, torch.device(name), settings) for name in ("cpu", "cuda:0")
-    )
+    both = (evaluate.Settings(data=small, batch_size=4, device=device) for device in ("cpu", "cuda:0"))
+    on_cpu, on_gpu = (evaluate.Evaluation(one, tmp_path / "whole/best.pt").predict(np.arange(8)) for one in both)
     assert np.array_equal(on_cpu, on_gpu)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gpus, monkeypatch, precision):
-    draw_mask = BatchDropout.draw_mask  # from another generator on each device, so its values can't be the same
-    monkeypatch.setattr(BatchDropout, "draw_mask", lambda layer, n: torch.ones_like(draw_mask(layer, n)))
-    dump, parts, found = Dump(small), np.split(np.arange(4), 2), {}
+    dump, batches, found = Dump(small), np.split(np.arange(4), 2), {}
+    normalization = {"mean": torch.zeros(128), "std": torch.ones(128)}
+    step = trainer.training_step
+
+    def step_without_waiting(*arguments):
+        assert gpus.waits == []
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "training_step", step_without_waiting)
     for device in map(torch.device, ("cpu", "cuda:0")):
         net = MultiScaleCNN(3)
         initialize(net, np.random.RandomState(0))
         net.to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.Adam(net.parameters(), fused=True)
-        feeder = Feeder(dump, dump.labels, (np.zeros(128), np.ones(128)), device, getattr(torch, precision))
-        losses = Losses(1, len(parts), device)
+        loader = Loader(dump, dump.labels, normalization, device, precision)
+        torch.manual_seed(1)  # the masks are the same on every device
         gpus.waits.clear()
-        for rows, batch in zip(parts, feeder.batches(parts), strict=True):
-            losses.append(trainer.training_step(net, optimizer, *batch, len(rows), precision))
-        assert gpus.waits == []
-        loss = losses.mean()
-        with autocast(device, precision):
-            probabilities = predict(net, feeder, np.arange(4), batch_size=2)
+        loss = trainer.train_epoch(net, optimizer, loader, batches, epoch=1)
+        assert gpus.waits == (["tolist"] if device.type == "cuda" else []), "the losses are read at the end"
+        probabilities = predict(net, loader, np.arange(4), batch_size=2)
         assert gpus.waits == (["tolist", "cpu"] if device.type == "cuda" else [])
         found[device.type] = {"loss": loss, "probabilities": torch.from_numpy(probabilities)}
         found[device.type] |= {name: weights.cpu() for name, weights in net.state_dict().items()}

@@ -14,10 +14,9 @@ import tags
 import trainer
 from conftest import write_dump
 from lib.checkpoint import load_checkpoint
-from lib.common import InputError
+from lib.common import InputError, keep_freed_memory
 from lib.dump import Dump
-from lib.parallel import keep_freed_memory
-from lib.report import Losses
+from lib.loader import Loader
 from lib.splits import epoch_batches
 from model import MultiScaleCNN, initialize
 from trainer import Settings, learning_rate_at, split_clips
@@ -82,7 +81,7 @@ def test_the_trainer_does_what_a_plain_loop_does(dump, tmp_path, capsys, normali
         data=dump.data, train_size=TRAIN, validation_size=VALIDATION, normalize_on=normalize_on, drop_after=(1, 2),
         epochs=n_epochs, batch_size=2, super_batch_size=5, seed=seed, precision="float64",
     )  # fmt: skip
-    trainer.train(settings, torch.device("cpu"), torch.float64, tmp_path, saved=None)
+    trainer.train(settings, dump, torch.device("cpu"), tmp_path)
 
     saved = {name: load_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt")}
     history = saved["last.pt"]["history"]
@@ -122,9 +121,10 @@ def test_an_epoch_at_full_size_is_564_batches_in_order():
     assert np.array_equal(np.concatenate(batches), train)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step():
-    losses = Losses(1, n_steps=5, device=torch.device("cpu"))
-    losses.append(torch.tensor(1.0))
-    losses.append(torch.tensor(0.9))
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(dump, monkeypatch):
+    losses = map(torch.tensor, (1.0, 0.9, float("nan"), 0.8))
+    monkeypatch.setattr(trainer, "training_step", lambda *_: next(losses))
+    normalization = {"mean": torch.zeros(128), "std": torch.ones(128)}
+    loader = Loader(dump, dump.labels, normalization, torch.device("cpu"), "float32")
     with pytest.raises(InputError, match="epoch 1, step 3: the loss is nan"):
-        losses.append(torch.tensor(float("nan")))
+        trainer.train_epoch(MultiScaleCNN(3), None, loader, np.arange(4)[:, None], epoch=1)

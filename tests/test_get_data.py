@@ -77,12 +77,14 @@ def parts():
 def fetch(tmp_path, call_script, monkeypatch):
     """Return a function that runs get_data.py for the folder tmp_path/data: with status 0, it has to complete it."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "BREATH", 0)
+    for name, value in {"BREATH": 0, "PAUSE": 0, "ATTEMPTS": 7}.items():
+        monkeypatch.setattr(download, name, value)
     (tmp_path / "md5sums").write_text(md5sums(IN_PARTS | WHOLE))
     data = tmp_path / "data"
 
     def fetch(*servers, status=0, timeout=10, deleted=()):
-        options = {"data": data, "md5sums": tmp_path / "md5sums", "attempts": 7, "pause": 0, "timeout": timeout}
+        monkeypatch.setattr(download, "TIMEOUT", timeout)
+        options = {"data": data, "md5sums": tmp_path / "md5sums"}
         hosts = [getattr(server, "url", server) for server in servers]
         printed = call_script(
             "get_data.py", *(f"--{n}={value}" for n, value in options.items()), "--hosts", *hosts, status=status

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import ROOT
-from lib.parallel import keep_freed_memory
+from lib.common import keep_freed_memory
 from model import MultiScaleCNN, initialize
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
@@ -107,7 +107,7 @@ def test_in_bfloat16_the_last_layer_computes_in_float32():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = net(four_clips())
     assert hidden[0].dtype == torch.bfloat16
-    exact = F.relu(hidden[0]).double() @ net.top.weight.double().T + net.top.bias.double()
+    exact = F.relu(hidden[0]).double() @ net.head.weight.double().T + net.head.bias.double()
     assert logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 1e-5
 

@@ -1,6 +1,7 @@
 """Cores, and torchrun's processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,6 @@ from conftest import ROOT, write_dump
 from cuda_on_cpu import played_gpus
 from lib import parallel
 from lib.checkpoint import load_checkpoint
-from lib.common import InputError
 from lib.dump import Dump
 from test_trainer import TINY
 
@@ -54,35 +54,28 @@ def test_two_processes_train_as_one(small, tmp_path, call_script):
         assert (weights - two["weights"][name]).abs().max() < 1e-9, name
 
 
-def test_only_the_main_process_reads_the_whole_dump(small, tmp_path, monkeypatch):
+def test_only_rank_0_reads_the_whole_dump(small, tmp_path, monkeypatch):
     passed_on = np.full(128, -5, np.float32), np.full(128, 3, np.float32)
-    monkeypatch.setattr(trainer, "from_main_process", lambda compute: passed_on)  # as in the others
-    monkeypatch.setattr(Dump, "band_sums", lambda dump: pytest.fail("it read the dump"))
+    monkeypatch.setattr(trainer, "from_rank_0", lambda compute: passed_on)  # as in the others
+    monkeypatch.setattr(Dump, "verify", lambda dump: pytest.fail("it read the dump"))
     settings = trainer.Settings(data=small, train_size=2, validation_size=1, epochs=0)
-    trainer.train(settings, torch.device("cpu"), torch.float32, tmp_path, saved=None)
+    trainer.train(settings, Dump(small), torch.device("cpu"), tmp_path)
     normalization = load_checkpoint(tmp_path / "best.pt")["normalization"]
     assert np.array_equal([normalization["mean"], normalization["std"]], passed_on)
 
 
-def test_what_the_main_process_finds_reaches_every_process(monkeypatch):
-    sent = []
-
-    def broadcast(outcome):
-        outcome[:] = sent if sent else outcome
-        sent[:] = outcome
-
-    def fails():
-        raise InputError("damaged") if is_main else AssertionError("only the main one computes")
-
-    monkeypatch.setattr(parallel, "n_processes", lambda: 2)
-    monkeypatch.setattr(parallel, "is_main_process", lambda: is_main)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    for is_main in (True, False):
-        assert parallel.from_main_process(lambda: 5 if is_main else 6) == 5
-    sent.clear()
-    for is_main in (True, False):
-        with pytest.raises(InputError, match="damaged"):
-            parallel.from_main_process(fails)
+def test_an_error_of_all_processes_is_printed_once(small, tmp_path):
+    damaged = tmp_path / "data"
+    shutil.copytree(small, damaged)
+    with open(damaged / "spectrograms_1.npy", "r+b") as file:
+        file.seek(1000)
+        file.write(b"anything")
+    for data, said in ((damaged, "spectrograms_1.npy: missing, damaged"), (tmp_path / "typo", "no complete dump here")):
+        sizes = ["--train-size", 4, "--validation-size", 1]
+        command = [*TORCHRUN, "trainer.py", "--data", data, *TINY, *sizes, "--experiments", tmp_path]
+        pair = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert pair.returncode == 1 and pair.stderr.count("error: ") == 1 and said in pair.stderr
+        assert 'trainer.py", line' not in pair.stderr, "no traceback of ours"
 
 
 def test_one_process_of_several_does_not_evaluate(call_script, tmp_path, monkeypatch):
@@ -95,17 +88,17 @@ def test_one_process_of_several_does_not_evaluate(call_script, tmp_path, monkeyp
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_a_process_uses_the_cores_that_it_may_use():
-    code = "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from lib.common import n_cores"
-    command = [sys.executable, "-c", f"{code}; print(n_cores())"]
+    code = "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from joblib import cpu_count"
+    command = [sys.executable, "-c", f"{code}; print(cpu_count())"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
 
 
 def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch):
     threads = torch.get_num_threads()
     try:
-        for n_cores, expected in ((3, 2), (1, 1)):
+        for cores, expected in ((3, 2), (1, 1)):
             torch.set_num_threads(2)
-            monkeypatch.setattr(parallel, "n_cores", lambda: n_cores)
+            monkeypatch.setattr(parallel, "cpu_count", lambda: cores)
             parallel.prepare_device(torch.device("cpu"), "float32", tf32=True)
             assert torch.get_num_threads() == expected
     finally:

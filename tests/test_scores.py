@@ -22,7 +22,7 @@ def predictions():
 def test_per_tag_scores_are_scikit_learns(predictions):
     labels, ours, _, _ = predictions
     for name, score in zip(scores.SCORES, SCIKIT_LEARNS):
-        found = scores.of_each_tag(name, labels, ours)
+        found = scores.of_each_tag(scores.SCORES[name], labels, ours)
         assert found[:3] == pytest.approx(score(labels[:, :3], ours[:, :3], average=None)) and np.isnan(found[3])
         assert scores.macro(found) == pytest.approx(score(labels[:, :3], ours[:, :3], average="macro"))
 
@@ -60,7 +60,7 @@ def test_a_resample_without_positives_has_no_score():
 def test_what_a_listener_sees_by_hand():
     labels = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
     probabilities = np.array([[0.9, 0.8, 0.1, 0.7], [0.5, 0.1, 0.2, 0.3], [0.4, 0.4, 0.1, 0.6]])
-    auc = scores.roc_auc(labels.T, probabilities.T)
+    auc = scores.clip_roc_auc(labels, probabilities)
     assert auc[0] == 0.75 and np.isnan(auc[1]) and auc[2] == 0.5
     assert scores.precision_at(1, labels, probabilities)[[0, 2]].tolist() == [1, 0]
     assert np.allclose(scores.precision_at(3, labels, probabilities)[[0, 2]], [2 / 3, 1 / 3])

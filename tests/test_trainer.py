@@ -19,7 +19,7 @@ from evaluate import clips_of
 from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock
 from lib.dump import Dump
-from lib.experiment import MAY_DIFFER, hyperparameters, require_same_hyperparameters
+from lib.experiment import MAY_DIFFER, hyperparameters, saved_experiment
 from trainer import Settings
 
 TINY = "--device cpu --epochs 3 --train-size 8 --validation-size 3 --batch-size 2 --super-batch-size 5".split()
@@ -119,12 +119,14 @@ def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, s
     assert "not the dump" in call_script("trainer.py", "--data", other, *arguments, status=1).stderr
 
 
-def test_only_where_and_how_long_may_differ_when_an_experiment_goes_on():
+def test_only_where_and_how_long_may_differ_when_a_run_resumes(uninterrupted, tmp_path):
+    folder, settings = shutil.copytree(uninterrupted[0], tmp_path / "paper"), Settings(resume=True)
+    last = load_checkpoint(folder / "last.pt")
     for name in (field.name for field in dataclasses.fields(Settings)):
-        saved = {"hyperparameters": hyperparameters(Settings()) | {name: "another"}}
+        save(folder / "last.pt", {**last, "hyperparameters": hyperparameters(settings) | {name: "another"}})
         may_differ = name in {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}
         with contextlib.nullcontext() if may_differ else pytest.raises(InputError, match=name):
-            require_same_hyperparameters(saved, Settings(), "last.pt")
+            saved_experiment(folder, settings)
 
 
 def contents(folder):
@@ -142,8 +144,10 @@ def test_nothing_is_deleted_before_everything_is_checked(uninterrupted, small, t
         ["--data", small, "--train-size", 99],
         ["--data", small, "--resume"],
     ):
-        call_script("trainer.py", *arguments, *wrong, status=1)
+        call_script("trainer.py", *arguments, *wrong, status=(1, 2))
         assert contents(folder) == before, wrong
+    call_script("trainer.py", *arguments, "--name", "typo", "--data", tmp_path / "typo", status=1)
+    assert not (tmp_path / "typo").exists(), "a typo leaves no folder"
     call_script("trainer.py", "--data", small, *arguments, "--epochs", 0)
     assert not (folder / "results.json").exists(), "it described the old experiment"
     assert [len(load_checkpoint(folder / name)["history"]) for name in ("best.pt", "last.pt")] == [1, 1]
@@ -154,7 +158,7 @@ def test_half_an_experiment_is_neither_overwritten_nor_resumed(uninterrupted, sm
     folder = shutil.copytree(uninterrupted[0], tmp_path / "paper")
     (folder / "last.pt").rename(tmp_path / "last.pt")
     assert "holds an experiment" in call_script("trainer.py", *arguments, status=1).stderr
-    assert "last.pt: missing" in call_script("trainer.py", *arguments, "--resume", status=1).stderr
+    assert "last.pt: no such checkpoint" in call_script("trainer.py", *arguments, "--resume", status=1).stderr
     last = load_checkpoint(tmp_path / "last.pt")
     last["history"][-1]["best"] = False
     save(folder / "last.pt", last)
@@ -188,7 +192,7 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     done = call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout  # whose split differs too
     assert "a fresh last layer" in done and "3 of the test clips trained, or chose, that checkpoint" in done
     other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
-    assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["top.bias"]) == 2
+    assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["head.bias"]) == 2
     os.unlink(best)
     assert "epoch   1" in call_script("trainer.py", *arguments, "same", "--resume", "--epochs", 1).stdout
 
@@ -197,7 +201,7 @@ def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path, call_script):
     (tmp_path / "paper").mkdir()
     with lock(tmp_path / "paper/last.pt"):  # as another trainer would
         error = call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, status=1).stderr
-    assert "last.pt: another process is at work on it" in error and error.count("\n") == 1
+    assert "last.pt: in use by another process" in error and error.count("\n") == 1
 
 
 def test_synonyms_are_merged_unless_told_otherwise_and_evaluated_as_trained(tmp_path, call_script):
