@@ -216,21 +216,16 @@ def write_json(path, results):
 
 
 def print_results(results, checkpoint):
-    print_tags(results["test"]["tags"])
+    print(f"{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
+    for row in sorted(results["test"]["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
+        share = f"{row['positives']:,} ({row['prevalence']:.1%})"
+        print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
     for part in EVALUATED:
         print_part(part, results[part])
     print(f"\nbrackets: {results['intervals']}")
     print(scores.compare_with_paper(checkpoint))
     if results["other_data"]:
         print(f"note: {results['data']} is not the dump that the checkpoint was trained on (--other-data)")
-
-
-def print_tags(rows):
-    """Print the test scores of every tag, the best first."""
-    print(f"{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
-    for row in sorted(rows, key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
-        share = f"{row['positives']:,} ({row['prevalence']:.1%})"
-        print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
 
 
 def bracketed(row, score):
@@ -270,16 +265,12 @@ def compare(ours, theirs):
 
     Raises InputError if one checkpoint has seen test clips of the other, they share none, or their tags differ.
     """
-    settings, tags = ours.settings, ours.checkpoint["tag_names"]
-    name, against = str(settings.checkpoint or settings.name), settings.against
-    n_seen = n_test_clips_seen(ours.checkpoint, theirs.checkpoint) + n_test_clips_seen(
-        theirs.checkpoint, ours.checkpoint
-    )
-    if n_seen:
-        used = "test clips of one were used to train or select the other; use one split for both"
-        raise InputError(f"{name}, {against}: {n_seen:,} {used}")
-    rows = np.intersect1d(ours.rows["test"], theirs.rows["test"])
-    if not len(rows) or theirs.checkpoint["tag_names"] != tags:
+    name, against = str(ours.settings.checkpoint or ours.settings.name), ours.settings.against
+    one, other, rows = ours.checkpoint, theirs.checkpoint, np.intersect1d(ours.rows["test"], theirs.rows["test"])
+    if n_seen := n_test_clips_seen(one, other) + n_test_clips_seen(other, one):
+        seen = f"{n_seen:,} test clips of one were used to train or select the other"
+        raise InputError(f"{name}, {against}: {seen}; use one split for both")
+    if not len(rows) or one["tag_names"] != other["tag_names"]:
         raise InputError(f"{name}, {against}: have no test clips in common, or other tags")
     ours.dump.verify(rows)
     difference = ours.scores(rows, ours.predict(rows)).minus(theirs.scores(rows, theirs.predict(rows)))
@@ -289,7 +280,7 @@ def compare(ours, theirs):
         "clips": len(rows),
         "intervals": ours.intervals,
         **difference.macro(),
-        "tags": per_tag_rows(tags, ours.labels[rows], difference),
+        "tags": per_tag_rows(one["tag_names"], ours.labels[rows], difference),
     }
     print_comparison(result)
     write_json(ours.path.parent / "comparison.json", result)

@@ -1,7 +1,7 @@
 """Step 1: fetch MagnaTagATune, check every file's MD5 and unpack the clips; or, with --demo, render a small stand-in.
 
 The clips come as one zip (3 GB, 25,863 clips), which some hosts have whole and others in parts; the annotations and the
-clips' origin come as two tables. Started again after any interruption, the script goes on from where it was.
+clips' origin come as two tables. After an interruption, the same command resumes.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ acf8265ff2e35c6ff22210e46457a824 1100000000 mp3.zip.002
 582dc649cabb8cd991f09e14b99349a5  772769864 mp3.zip.003
 """  # MD5, bytes, name; the MD5s are the original program's
 ANNOTATIONS, CLIP_INFO, ARCHIVE = "annotations_final.csv", "clip_info_final.csv", "mp3.zip"
-UNPACKED = "unpacked.txt"  # "bytes name" of each clip and, last, the MD5 of the archive that they came from
+UNPACKED = "unpacked.txt"  # "bytes name" of each clip and, last, the MD5 of the archive
 
 
 @dataclasses.dataclass
 class Settings:
-    data: Path = ROOT / "data"  # folder for all files; those put there by hand are taken if their MD5 is right
+    data: Path = ROOT / "data"  # folder for all files; those put there by hand are used if their MD5 is right
     hosts: tuple[str, ...] = HOSTS  # addresses of folders with both tables and mp3.zip, whole or in parts
-    md5sums: Path | None = None  # file of lines "MD5 bytes name" to use in place of the built-in ones
+    md5sums: Path | None = None  # file of lines "MD5 bytes name" that replace the built-in ones
     demo: bool = False  # fetch nothing, render synthetic clips into the folder "demo" inside the data folder
 
 
@@ -58,7 +58,7 @@ def main():
 
 
 def fetch_and_unpack(settings):
-    """Bring both tables and the clips into the data folder. Raises InputError if no host delivers a file."""
+    """Download both tables and the clips into the data folder. Raises InputError if no host delivers a file."""
     if not settings.hosts or not all(re.fullmatch("https?://.+/", host) for host in settings.hosts):
         raise InputError("--hosts takes addresses that begin with http:// or https:// and end with /")
     data, hosts = settings.data, [Host(url) for url in settings.hosts]
@@ -70,7 +70,7 @@ def fetch_and_unpack(settings):
         require_disk_space(data, archive.end)
         fetch(data / ARCHIVE, files[ARCHIVE], hosts)
         unpack(data, archive.md5)
-    print(f"{data}: all clips are there; {ARCHIVE} is needed no more")
+    print(f"{data}: all clips are unpacked; {ARCHIVE} may be deleted")
 
 
 def read_md5sums(path):
@@ -84,18 +84,18 @@ def read_md5sums(path):
     if missing := {ANNOTATIONS, CLIP_INFO, ARCHIVE} - sums.keys():
         raise InputError(f"{path} has no line 'MD5 bytes name' for {', '.join(sorted(missing))}")
     files = {name: [Piece(name, 0, *sums[name])] for name in (ANNOTATIONS, CLIP_INFO, ARCHIVE)}
-    end = 0
+    begin = 0
     for part in sorted(name for name in sums if re.fullmatch(rf"{ARCHIVE}\.\d+", name)):
         size, md5 = sums[part]
-        files[ARCHIVE].append(Piece(part, end, end + size, md5))
-        end += size
-    if end not in (0, sums[ARCHIVE][0]):
-        raise InputError(f"{path}: the parts of {ARCHIVE} have {end} bytes, not its {sums[ARCHIVE][0]}")
+        files[ARCHIVE].append(Piece(part, begin, begin + size, md5))
+        begin += size
+    if begin not in (0, sums[ARCHIVE][0]):
+        raise InputError(f"{path}: the parts of {ARCHIVE} have {begin} bytes, not its {sums[ARCHIVE][0]}")
     return files
 
 
 def require_disk_space(data, size):
-    """Raise InputError if the archive and the clips, each of that size, will not fit."""
+    """Raise InputError if the disk has no room for the archive and the clips, each of that size."""
     there = [*data.glob(f"{ARCHIVE}.partial"), *data.glob(ARCHIVE), *data.glob("?/*.mp3")]
     needed, free = 2 * size - sum(path.stat().st_size for path in there), shutil.disk_usage(data).free
     if needed > free:
@@ -104,7 +104,7 @@ def require_disk_space(data, size):
 
 
 def is_unpacked(data, md5):
-    """Return whether all clips that were unpacked from the archive with this MD5 are there, with their sizes."""
+    """Return whether all clips of the archive with this MD5 exist and have their sizes."""
     if not (data / UNPACKED).exists():
         return False
     *clips, archive = (data / UNPACKED).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -114,9 +114,9 @@ def is_unpacked(data, md5):
 
 
 def unpack(data, md5):
-    """Unpack the clips into `data`, keeping those that are there and whole, and leave a list of them.
+    """Unpack the clips into `data`, except those that exist and are whole, and write a list of them.
 
-    Raises InputError if the archive, a mirror's, is damaged or holds anything but clips.
+    Raises InputError if the archive is damaged or holds anything but clips.
     """
     listed = []
     for name, clip in clips_in(data / ARCHIVE):
@@ -126,7 +126,7 @@ def unpack(data, md5):
             with whole_file(path, durable=False) as file:
                 file.write(clip)
         listed.append(f"{len(clip)} {name}\n")
-    os.sync()  # the list says that they are on the disk
+    os.sync()  # all clips reach the disk before the list of them
     with whole_file(data / UNPACKED, "w", encoding="utf-8") as file:
         file.writelines([*listed, md5])
     print(f"{data}: {len(listed):,} clips unpacked")

@@ -76,7 +76,7 @@ def main():
 
 
 def annotations_file(data):
-    """Return the table in a data folder: tags.csv or, where that is missing, MagnaTagATune's annotations_final.csv."""
+    """Return the path of the annotations: tags.csv or, where that is missing, MagnaTagATune's annotations_final.csv."""
     tags, annotations_final = data / "tags.csv", data / "annotations_final.csv"
     return annotations_final if annotations_final.exists() and not tags.exists() else tags
 
@@ -84,8 +84,8 @@ def annotations_file(data):
 def read_annotations(path):
     """Read a table in MagnaTagATune's format: tab separated, `clip_id`, one column per tag, `mp3_path`.
 
-    Quotes, a byte-order mark and either line ending are optional. Raises InputError with the line number where a row
-    has another number of columns, a value other than 0 or 1, or a clip id that is no integer or a duplicate.
+    Quotes and a byte-order mark are optional, and lines may end in LF or CR LF. Raises InputError with the line number
+    of a row with other columns than the header, a value other than 0 or 1, or a clip id that is no integer or repeated.
     """
     header, rows = _read_table(path)
     tag_names, labels = header[1:-1], np.zeros((len(rows), len(header) - 2), np.uint8)
@@ -100,7 +100,7 @@ def read_annotations(path):
 
 
 class ClipInfo(NamedTuple):
-    """Where a clip was cut from. Titles recur on other albums, so a track is its whole provenance."""
+    """Where a clip was cut from. Several albums share titles, so a track is identified by all four values."""
 
     artist: str
     album: tuple  # (artist, album)
@@ -137,15 +137,14 @@ def _read_table(path):
         either = f"{path}, or annotations_final.csv" if path.name == "tags.csv" else path
         raise InputError(f"{either}: not there; get_data.py fetches it, --data names another folder") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a tab-separated text table ({error}); get or write it anew") from error
+        raise InputError(f"{path}: not a tab-separated text table ({error}); replace it") from error
     if len(lines) < 2:
-        raise InputError(f"{path}: a header and no clips" if lines else f"{path}: empty")
+        raise InputError(f"{path}: no clips in it")
     (_, header), *lines = lines
     if len(header) < 3 or header[0] != "clip_id" or header[-1] != "mp3_path":
         raise InputError(f"{path}, line 1: no header; it must begin with clip_id and end with mp3_path")
-    if len({*header, ""}) <= len(header):
-        wrong = ", ".join({repr(name) for name in header if not name or header.count(name) > 1})
-        raise InputError(f"{path}, line 1: every column needs a name of its own ({wrong})")
+    if wrong := {name for name in header if not name or header.count(name) > 1}:
+        raise InputError(f"{path}, line 1: every column needs a name of its own ({', '.join(map(repr, wrong))})")
     rows = {}
     for line, fields in lines:
         if len(fields) != len(header):
@@ -160,9 +159,9 @@ def _read_table(path):
 
 
 def merge_synonyms(labels, tag_names):
-    """Return (labels, tag_names) with each group of SYNONYMS joined into one tag by OR.
+    """Return (labels, tag_names) with each group of SYNONYMS merged into one tag by OR.
 
-    A merged tag stands where the first of its group stood, and has the group's first name even if the table lacks it.
+    A merged tag takes the place of the first of its group in the table, and the group's first name.
     """
     group_name = {name: group[0] for group in SYNONYMS for name in group}
     merged_names = list(dict.fromkeys(group_name.get(name, name) for name in tag_names))

@@ -14,9 +14,6 @@ from lib.common import InputError, reason, whole_file
 from lib.parallel import prepare_device, remedy_for_full_gpu
 from model import build_network
 
-CONTENTS = {"weights": dict, "tag_names": list, "normalization": dict, "front_end": dict, "hyperparameters": dict}
-CONTENTS |= {"clip_ids": dict, "history": list, "dump": str, "synthetic": bool}
-
 
 def save(path, checkpoint):
     """Write a checkpoint that loads with weights_only=True."""
@@ -38,9 +35,7 @@ def load_checkpoint(path):
             if damaged := archive.testzip():
                 raise InputError(f"its part {damaged} has another checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if wrong := [name for name, kind in CONTENTS.items() if not isinstance(checkpoint[name], kind)]:
-            raise InputError(f"its {wrong[0]} is no {CONTENTS[wrong[0]].__name__}")
-        weights = checkpoint["weights"]  # the head was called top once
+        weights = checkpoint["weights"]  # earlier versions called the head "top"
         checkpoint["weights"] = {name.replace("top.", "head."): value for name, value in weights.items()}
         with torch.device("meta"):
             build_network(len(checkpoint["tag_names"])).load_state_dict(checkpoint["weights"], assign=True)
@@ -76,7 +71,7 @@ def start_from(source, checkpoint, net):
     if source["front_end"] != checkpoint["front_end"]:
         raise InputError("--start-from: that checkpoint was trained on spectrograms of another front end")
     if source["dump"] == checkpoint["dump"] and (n_seen := n_test_clips_seen(source, checkpoint)):
-        print(f"note: {n_seen:,} of the test clips trained, or chose, that checkpoint; their score will be too good")
+        print(f"note: that checkpoint was trained or selected on {n_seen:,} of the test clips, whose score is too good")
     weights, same_tags = source["weights"], source["tag_names"] == checkpoint["tag_names"]
     if not same_tags:
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}

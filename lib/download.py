@@ -38,13 +38,13 @@ class Host:
     url: str  # of the folder with the files; ends with /
     verify: bool = True  # its certificate
     served: bool = False  # whether anything has come from it
-    demoted: bool = False  # slow, or sent something wrong: the others come first
-    fault: str | None = None  # what is wrong with it if a connection brings nothing; None: it is untried
+    demoted: bool = False  # because it is slow, or sent wrong bytes: the other hosts come first
+    fault: str | None = None  # why a connection brought nothing; None: the host is untried
 
     def stream(self, whole, piece, position):
-        """Yield the bytes of a piece from `position` in the whole file on, in chunks, with how many came for each.
+        """Yield (chunk, bytes received) from `position` in the whole file until the piece ends, or the host fails.
 
-        If none are left or the host fails, there are no more; if it failed, `fault` says why.
+        After a failure, `fault` says why.
         """
         self.fault = "it sent nothing"
         try:
@@ -53,22 +53,19 @@ class Host:
                 while chunk := response.raw.read1(CHUNK):
                     yield chunk[skip:], len(chunk)
                     skip = max(0, skip - len(chunk))
-        except Exception as error:  # an odd answer raises errors of requests, urllib3, http.client, idna and codecs
-            while error.__context__:  # those of requests wrap several others around the cause
+        except Exception as error:  # odd answers raise errors of requests, urllib3, http.client, idna and codecs
+            while error.__context__:  # requests wraps several errors around the cause
                 error = error.__context__
-            # The query of a redirect's address may be a signature, and a host could send a terminal's commands.
+            # The query of a redirected address may be a signature; control characters could command a terminal
             self.fault = re.sub(r"\?\S*|[\x00-\x1f\x7f-\x9f]", "", reason(error))[:200]
 
     def ask(self, whole, piece, position):
-        """Return the answer with the whole file, or with the piece if that is refused, and how many bytes to skip.
-
-        Raises InputError if both are refused.
-        """
+        """Return the response and how many of its bytes to skip. Raises InputError if the host refuses both names."""
         refusals = []
         for name, begin in {whole.name: 0, piece.name: piece.begin}.items():
             response = self.get(name, position - begin, piece.end - begin)
             status, kind = response.status_code, response.headers.get("Content-Type", "")
-            if status in (200, 206) and "html" not in kind:  # a web page says that the file is not there
+            if status in (200, 206) and "html" not in kind:  # some hosts report a missing file by a web page
                 return response, position - begin if status == 200 else 0  # servers may ignore Range
             response.close()
             refusals.append(f"{name}: {'a web page' if status in (200, 206) else f'HTTP status {status}'}")
@@ -76,24 +73,24 @@ class Host:
 
     def get(self, name, begin, end):
         """Return the answer to a request for bytes `begin` to `end` of a file, whatever the certificate."""
-        # A server that compressed the file would count other bytes.
+        # A range counts the bytes of what is sent: compressed, they would be others
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
         try:
             return requests.get(self.url + name, headers=headers, timeout=TIMEOUT, stream=True, verify=self.verify)
         except requests.exceptions.SSLError as error:
             if not self.verify or "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
-        tqdm.write(f"{self.url}: a certificate cannot be verified; going on, as nothing is believed but a file's MD5")
-        requests.packages.urllib3.disable_warnings()  # which would come with every request
+        tqdm.write(f"{self.url}: its certificate cannot be verified; continuing, because every file's MD5 is checked")
+        requests.packages.urllib3.disable_warnings()  # one for each request
         self.verify = False
         return self.get(name, begin, end)
 
 
 def fetch(path, pieces, hosts):
-    """Bring a file to `path`, unless it is there. `pieces`: the whole file and its parts, if some hosts have those.
+    """Download a file to `path`, unless it exists. `pieces`: the whole file and the parts that some hosts have instead.
 
-    A part that a person has put beside it is used. Each host gets so many `attempts`, and after all have failed there
-    is a `pause` in seconds, which doubles. Raises InputError if all fail, or a file that is there has another MD5.
+    A part that the user has put beside it is used. Raises InputError if all hosts fail, or an existing file has another
+    MD5.
     """
     whole, *parts = pieces
     if not path.exists():
@@ -110,7 +107,7 @@ def fetch(path, pieces, hosts):
 
 def require_md5(path, md5):
     if (found := digest(path)) != md5:
-        raise InputError(f"{path} has MD5 {found}, not {md5}: move it away, and it will be fetched anew")
+        raise InputError(f"{path} has MD5 {found}, not {md5}: move it away, and it will be fetched again")
 
 
 def digest(path, begin=0, end=None):
@@ -124,23 +121,21 @@ def digest(path, begin=0, end=None):
 
 
 def copy_part(output, piece):
-    """Put a piece into `output` from its own file, if a person has put that into the folder."""
+    """Copy a piece from its own file into `output`, if the user has put that into the folder."""
     part = Path(output.name).with_name(piece.name)
     if part.exists() and digest(output.name, piece.begin, piece.end) != piece.md5:
         require_md5(part, piece.md5)
-        cut(output, piece.begin)
+        output.truncate(output.seek(piece.begin))
         with open(part, "rb") as file:
             shutil.copyfileobj(file, output)
         output.flush()
 
 
-def cut(output, size):
-    output.seek(size)
-    output.truncate()
-
-
 def complete(output, whole, piece, hosts):
-    """Append to `output` what it lacks of a piece, from the first host; where one fails, it becomes the last."""
+    """Append the rest of a piece to `output`, from the first host; one that fails becomes the last.
+
+    After all have failed there is a pause, ATTEMPTS times. Raises InputError after that.
+    """
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
@@ -150,16 +145,14 @@ def complete(output, whole, piece, hosts):
             print(f"{piece.name} from {hosts[0].url}: {hosts[0].fault}")
             hosts.append(hosts.pop(0))
     faults = "; ".join(f"{host.url}: {host.fault}" for host in hosts)
-    raise InputError(
-        f"{piece.name} could not be fetched ({faults}): run the same command later, or first put {whole.name} (MD5 "
-        f"{whole.md5}) into {Path(output.name).parent} by hand"
-    )
+    remedy = f"try later, or put {whole.name} (MD5 {whole.md5}) into {Path(output.name).parent} by hand"
+    raise InputError(f"{piece.name} could not be fetched ({faults}): {remedy}")
 
 
 def receive(output, whole, piece, host, *others):
-    """Let a host append what `output` lacks of a piece, in several connections if they break off.
+    """Append the rest of a piece from one host, over several connections if they break off.
 
-    Returns whether the piece is complete and right then; if not, `host.fault` says why.
+    Return whether the piece is now complete and has its MD5; if not, `host.fault` says why.
     """
     begun, failed = output.tell(), False
     with Watch(f"{whole.name} from {host.url.split('/')[2]}", begun, whole.end) as watch:
@@ -175,21 +168,21 @@ def receive(output, whole, piece, host, *others):
                     break
             if output.tell() == position and (failed or not host.served):
                 return False
-            failed = output.tell() == position  # a host that has served is asked again: a signature may have expired
+            failed = output.tell() == position  # a host that has served gets a second request: signatures expire
             host.served = True
             if output.tell() < min(position + SLOWEST, piece.end):
                 time.sleep(BREATH)
     if digest(output.name, piece.begin, piece.end) == piece.md5:
         return True
-    cut(output, piece.begin)
-    if begun > piece.begin:  # others sent some of it, and the wrong bytes may be theirs: all of it from this host
+    output.truncate(output.seek(piece.begin))
+    if begun > piece.begin:  # the wrong bytes may be another host's: fetch the whole piece from this one
         return receive(output, whole, piece, host, *others)
     host.fault, host.demoted = "wrong MD5", True
     return False
 
 
 class Watch(contextlib.AbstractContextManager):
-    """Shows how a file grows: a bar or, where the output is no terminal, a line for each WINDOW."""
+    """Measures the rate and shows it: a bar or, where the output is no terminal, a line for each WINDOW."""
 
     def __init__(self, title, done, total):
         self.bar = progress(desc=title, total=total, initial=done, unit="B", unit_scale=True)

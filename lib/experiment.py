@@ -6,10 +6,11 @@ import json
 import time
 
 import torch
+import torch.distributed as dist
 
 from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock, whole_file, write_table
-from lib.parallel import barrier, rank
+from lib.parallel import rank, world_size
 
 MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}  # when a run resumes
 # What belongs to a checkpoint besides last.pt; the last six are evaluate.py's
@@ -24,7 +25,8 @@ def claimed_folder(settings):
     folder = settings.experiments / settings.name
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "last.pt") if rank() == 0 else contextlib.nullcontext():
-        barrier()  # the other processes look into the folder once it is held
+        if world_size() > 1:
+            dist.barrier()  # the other processes look into the folder once it is locked
         yield folder, saved_experiment(folder, settings)
 
 

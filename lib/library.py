@@ -1,4 +1,4 @@
-"""Music to tag: files and folders, one after another, into lines, pictures or a table that is continued."""
+"""Tag files and folders of music: print a line for each, draw pictures, or write a table that can be resumed."""
 
 import csv
 import io
@@ -17,23 +17,30 @@ from lib.dump import hex_crc32
 from lib.loader import load_ahead
 from lib.tagger import Tagger, audio_files, windows
 
-INEXACT_SECONDS = 0.5  # by which an intact file may be shorter than its header promises, as some mp3 files are
+INEXACT_SECONDS = 0.5  # an intact mp3 file may be this much shorter than its header promises
 
 
 def tag_files(settings, checkpoint_path):
     """Print the tags of the music of --tag, or write a table of them; return the exit status, 1 after an error."""
     if not settings.tag:
         raise InputError("--tag: needs audio files, or folders of them, after it")
+    if settings.csv and (settings.json or settings.taggram):
+        raise InputError("--csv: writes a table and nothing else; leave out --json and --taggram")
+    # The decoders' C libraries comment on each damaged frame on file descriptor 2, which no longer is sys.stderr
     sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where decoders' C libraries comment on each damaged frame
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
     if tagger.synthetic and not settings.json:
         print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little")
     files = audio_files(settings.tag)
-    if settings.csv:
-        n_errors = tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files)
-    else:
-        n_errors = print_tags(settings, tagger, checkpoint_path.parent, files)
+    try:
+        if settings.csv:
+            n_errors = tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files)
+        else:
+            n_errors = print_tags(settings, tagger, checkpoint_path.parent, files)
+    except BrokenPipeError:  # the reader of the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     return 1 if n_errors else 0
 
 
@@ -50,16 +57,16 @@ def tagged(tagger, files):
             promised, read = soundfile.info(os.fsencode(path)).duration, len(samples) / SAMPLE_RATE
             cut_off = f"only the first {read:.1f} s of {promised:.1f} s could be read"
             return path, samples, tags, cut_off if read <= promised - INEXACT_SECONDS else ""
-        except Exception as error:  # whatever one file does never costs the others
+        except Exception as error:  # one unreadable file, whatever is wrong with it, must not stop the others
             return path, None, {}, reason(error).removeprefix(f"{path}: ")
 
     if len(files) > 1:
-        torch.set_num_threads(1)  # each thread has a file of its own
+        torch.set_num_threads(1)  # each thread has its own file
     return load_ahead(tag, files, n_ahead=cpu_count(), n_threads=cpu_count())
 
 
 def print_tags(settings, tagger, folder, files):
-    """Print the most likely tags of each file, with its picture in `folder`; return how many errors there were."""
+    """Print the most likely tags of each file, draw its taggram into `folder`; return the number of errors."""
     found, pictures, n_errors = {}, {}, 0
     try:
         for path, samples, tags, note in tagged(tagger, files):
@@ -72,7 +79,7 @@ def print_tags(settings, tagger, folder, files):
             if not settings.json:
                 print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
             if settings.taggram:
-                draw_taggram(tagger, samples, settings.top, path, folder, pictures)
+                draw_taggram(tagger, samples, settings.top, path, picture_of(path, folder, pictures))
     finally:  # after Ctrl-C too
         if settings.json:
             print(json.dumps(found, indent=1, allow_nan=False))
@@ -80,19 +87,19 @@ def print_tags(settings, tagger, folder, files):
 
 
 def tag_library(table, tagger, checkpoint, files):
-    """Tag the files that the table lacks, and add the row of each as it is done; return how many got no tags."""
+    """Tag the files that the table lacks, appending a row after each; return how many got no tags."""
     header = ["path", "seconds", *tagger.tag_names, "bytes", "modified", "checkpoint", "note"]
-    stamps = dict.fromkeys(map(str, files), ["", ""])  # size and time, by which a change is noticed
+    stamps = dict.fromkeys(map(str, files), ["", ""])  # size and modification time reveal a changed file
     for file in filter(os.path.exists, files):
         stamps[str(file)] = [str(os.path.getsize(file)), f"{os.path.getmtime(file):.3f}"]
     n_errors, encoding = 0, {"newline": "", "errors": "surrogateescape"}
     with lock(table):
         rows = rows_to_keep(table, header, stamps, checkpoint) if table.exists() else []
-        with whole_file(table, "w", encoding="utf-8-sig", **encoding) as file:  # by its mark a spreadsheet knows UTF-8
+        with whole_file(table, "w", encoding="utf-8-sig", **encoding) as file:  # spreadsheets need the mark for UTF-8
             csv.writer(file).writerows([header, *rows])
         done = {row[0] for row in rows}
         missing = [file for file in files if str(file) not in done]
-        print(f"{table}: {len(files) - len(missing):,} of {len(files):,} files are in it already")
+        print(f"{table}: already has {len(files) - len(missing):,} of {len(files):,} files")
         with open(table, "a", encoding="utf-8", **encoding) as file:
             for path, samples, tags, note in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
                 n_errors += not tags
@@ -105,7 +112,7 @@ def tag_library(table, tagger, checkpoint, files):
 
 
 def rows_to_keep(table, header, stamps, checkpoint):
-    """Return the table's rows, but for one that was cut off and those of files whose `stamps` are others now.
+    """Return the table's rows, except a last one that was cut off and those of files whose `stamps` have changed.
 
     Raises InputError if it is anything else, or has rows of another checkpoint.
     """
@@ -113,30 +120,34 @@ def rows_to_keep(table, header, stamps, checkpoint):
     text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
     found, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
     if found != header or any(row[-2] != checkpoint for row in rows):
-        raise InputError(f"{table}: no table of this checkpoint's; move it away, or give --csv another name")
+        raise InputError(f"{table}: not a table of this checkpoint; move it away, or give --csv another name")
     return [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
 
 
-def draw_taggram(tagger, samples, n_tags, path, folder, pictures):
-    """Draw an audio file's spectrogram above its most likely tags over time, into `folder`.
-
-    The picture has the file's name, after enough of its folders to make it another than those in `pictures`. Its
-    columns, 120 at most and at least a second apart, are each the network's answer for the 29.1 s around it; at the
-    ends the recording is continued by its mirror image.
-    """
-    from lib import figures  # matplotlib takes a while to import
-
+def picture_of(path, folder, pictures):
+    """Return the path of a file's taggram: its name, after as many folders as tell it from others in `pictures`."""
     file = Path(os.path.abspath(path))
     for n_parts in range(1, len(file.parts)):
         picture = folder / f"taggram_{'_'.join(file.parts[-n_parts:])}.png"
         if pictures.setdefault(picture, file) == file:
             break
+    return picture
+
+
+def draw_taggram(tagger, samples, n_tags, path, picture):
+    """Draw an audio file's spectrogram above its most likely tags over time.
+
+    Each column, 120 at most and at least a second apart, is the network's answer for the 29.1 s around it; at both ends
+    the recording is continued by its mirror image.
+    """
+    from lib import figures  # matplotlib takes a while to import
+
     step = max(SAMPLE_RATE, -(-len(samples) // 120))
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
     mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
     clips = [mirrored[centre : centre + CLIP_SAMPLES] for centre in centres]
     times, probabilities = centres / SAMPLE_RATE, tagger.probabilities(tagger.spectrograms(clips))
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
-    title = path.name.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
+    title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
     figures.taggram(picture, spectrogram, tagger.tag_names, times, probabilities, title, n_tags, tagger.synthetic)
     print(f"  {picture}", file=sys.stderr)

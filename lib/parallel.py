@@ -10,16 +10,15 @@ import torch
 import torch.distributed as dist
 from joblib import cpu_count
 
-from lib.common import InputError, keep_freed_memory, reason
+from lib.common import InputError, keep_freed_memory
 
-COLLECTIVE_HOURS = 2  # that a process waits for the others: rank 0 reads the whole dump, and validates, alone
+COLLECTIVE_HOURS = 2  # timeout: the other processes wait while rank 0 verifies the whole dump, and validates
 
 
 def choose_device(name):
     """Return the torch.device called `name`; for "auto" a CUDA GPU, else Apple's, else the CPU.
 
-    A GPU's has an index, as torch.cuda.set_device demands. Each process of torchrun gets the CUDA GPU of its own
-    local rank. Raises InputError for a device that is not there.
+    Each process of torchrun gets the CUDA GPU of its own local rank. Raises InputError for a missing device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -27,7 +26,7 @@ def choose_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         probe = torch.ones(1, device=name)
-        probe.item()  # where PyTorch has no kernels for this GPU, that fails here and not at the first step
+        probe.item()  # fails if PyTorch has no kernels for this GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fault = str(error).splitlines()[0]
         raise InputError(f"--device {name}: not available ({fault}); --device cpu always is") from error
@@ -37,15 +36,10 @@ def choose_device(name):
 
 
 def prepare_device(device, precision, tf32):
-    """Prepare `device` to compute in `precision`, with TF32 matrix products if `tf32`; return the weights' dtype.
-
-    Raises InputError for a precision that the device does not have.
-    """
-    if device.type == "mps" and precision == "float64":
-        raise InputError(f"--precision float64: {device} has no float64; --device cpu has")
+    """Prepare `device` to compute in `precision`, with TF32 matrix products if `tf32`; return the weights' dtype."""
     if device.type == "cpu":
         keep_freed_memory()
-        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # which knows a container's share of the cores
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # the latter respects a container's quota
     if device.type == "cuda":
         fp32 = "tf32" if tf32 else "ieee"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
@@ -59,7 +53,7 @@ def autocast(device, precision):
 
 @contextmanager
 def remedy_for_full_gpu(device):
-    """Turn PyTorch's report of a GPU without free memory into an InputError that says what needs less of it."""
+    """Turn PyTorch's out-of-memory error into an InputError that says what needs less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -69,18 +63,12 @@ def remedy_for_full_gpu(device):
 
 @contextmanager
 def joined_processes(device):
-    """Be one of the processes that torchrun started, if it did; only rank 0 prints.
-
-    Raises InputError if torchrun's environment is incomplete.
-    """
+    """Join the other processes, if torchrun started several; only rank 0 prints."""
     if not started_with_others():
         yield
         return
-    try:
-        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=COLLECTIVE_HOURS), device_id=gpu)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"WORLD_SIZE is set, but {reason(error)}: start processes with torchrun") from error
+    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(hours=COLLECTIVE_HOURS), device_id=gpu)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()
@@ -98,12 +86,6 @@ def world_size():
 def rank():
     """Return this process's number. Rank 0 writes, prints and validates."""
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def barrier():
-    """Wait for the other processes."""
-    if world_size() > 1:
-        dist.barrier()
 
 
 def share_of_batch(rows):

@@ -1,4 +1,4 @@
-"""How good predictions are: ROC-AUC and average precision per tag, how sure they are, and what a listener sees.
+"""How good predictions are: ROC-AUC and average precision per tag, their intervals, and scores within a clip.
 
 A tag (or clip) whose labels are all of one class has no ROC-AUC: it is NaN here and left out of every mean.
 """
@@ -76,7 +76,7 @@ class Scores(NamedTuple):
         return means
 
     def minus(self, other):
-        """Return how much better these scores are, which have to be of the same clips and seed: a paired difference."""
+        """Return the paired difference of two Scores of the same clips and seed."""
         return Scores(self.per_tag - other.per_tag, self.resampled - other.resampled)
 
 
@@ -102,8 +102,8 @@ def resample_weights(groups, n_resamples, seed):
 def weighted_scores(label, scores, weights):
     """Return (ROC-AUC, average precision) of one tag where clip i counts weights[r, i] times: (2, resamples).
 
-    They are scikit-learn's on the clips so repeated, which it would sort anew for each resample. With TP[t] and FP[t]
-    the positive and negative clips of at least the t-th highest score, and P and N all of them,
+    The same as scikit-learn's on the clips so repeated, but sorted once for all resamples. With TP[t] and FP[t] the
+    numbers of positive and negative clips of at least the t-th highest score, and P and N those of all,
 
         ROC-AUC = sum over t of (FP[t] - FP[t-1]) / N * (TP[t] + TP[t-1]) / 2P    (trapezoids under the ROC curve)
         average precision = sum over t of (TP[t] - TP[t-1]) / P * TP[t] / (TP[t] + FP[t])

@@ -29,7 +29,7 @@ def divide_clips(settings, dump, rng):
 
 
 def split_sizes(n_clips, train_size, validation_size):
-    """Return (train, validation) sizes: those given; the paper's, on a smaller data set, in the same proportions.
+    """Return (train, validation) sizes: those given or, for the paper's on a smaller data set, the same proportions.
 
     Raises InputError if they leave no clip for the test.
     """
@@ -77,15 +77,13 @@ def split_by_artist(artists, train_size, validation_size, rng):
         part_of[artist] = next((part for part, free in room.items() if n_clips_of[artist] <= free), "train")
         if part_of[artist] in room:
             room[part_of[artist]] -= n_clips_of[artist]
-    train, validation, test = (
-        np.flatnonzero(part_of[artist_of_clip] == part) for part in ("train", "validation", "test")
-    )
-    rng.shuffle(train)
-    return train, validation, test
+    parts = [np.flatnonzero(part_of[artist_of_clip] == part) for part in ("train", "validation", "test")]
+    rng.shuffle(parts[0])
+    return parts
 
 
 def epoch_batches(train, batch_size, super_batch_size):
-    """Return the rows of each step of an epoch: `train` in its order, in batches that no super-batch's end cuts."""
+    """Return the rows of each step of an epoch: `train` in its order, in batches that never cross super-batches."""
     batches = []
     for first in range(0, len(train), super_batch_size):
         super_batch = train[first : first + super_batch_size]

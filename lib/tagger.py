@@ -1,4 +1,4 @@
-"""A trained network at work on music: audio files, or arrays of samples, of any length."""
+"""Tag music with a trained network: audio files, or arrays of samples, of any length."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,15 @@ from lib.common import InputError
 from lib.loader import to_probabilities
 from lib.parallel import autocast, choose_device, remedy_for_full_gpu
 
-CLIPS_AT_ONCE = 9  # go through the network: a song of four minutes; 0.2 GB in float32
+BATCH_SIZE = 9  # clips: a song of four minutes; 0.2 GB in float32
 
 
 class Tagger:
     """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, likeliest first.
 
-    So does a call with an array and its sample rate in Hz, as soundfile.read returns them: floating-point numbers of
-    full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's. Raises InputError for a
-    checkpoint or audio that can't be used.
+    It can also be called with an array and its sample rate in Hz, as soundfile.read returns them: floating-point
+    numbers of full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's. Raises InputError
+    for a checkpoint or audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
@@ -55,7 +55,7 @@ class Tagger:
     def probabilities(self, spectrograms):
         """Return the probabilities for (clips, 1, 128, 628) normalised spectrograms: (clips, tags) float64."""
         with autocast(self.device, self.precision), remedy_for_full_gpu(self.device):
-            batches = spectrograms.to(getattr(torch, self.precision)).split(CLIPS_AT_ONCE)
+            batches = spectrograms.to(getattr(torch, self.precision)).split(BATCH_SIZE)
             logits = torch.cat([self.net(batch.to(self.device)).cpu() for batch in batches])
         return to_probabilities(logits)
 
@@ -68,8 +68,8 @@ class Tagger:
 def windows(samples):
     """Return clips of 29.1 s, as few as cover `samples`, at even distances, at 11,025 Hz.
 
-    More of them give the same tags: on eight recordings of 4 minutes, the mean over windows 2 s apart differed from
-    that over these by 0.0019 on average. A clip goes on as far as its last frame's window reaches.
+    More windows give the same tags: on eight recordings of 4 minutes, the mean over windows 2 s apart differed by
+    0.0019 on average. A clip extends as far as the window of its last frame.
     """
     excess = max(0, len(samples) - CLIP_SAMPLES)
     n_windows = 1 + -(-max(0, excess - HOP_LENGTH) // CLIP_SAMPLES)  # less than a frame adds none
@@ -78,9 +78,9 @@ def windows(samples):
 
 
 def audio_files(paths):
-    """Return `paths`, with the audio files in them for the folders: those named like a format that libsndfile decodes.
+    """Return `paths` with each folder replaced by its audio files: those with the name of a format of libsndfile.
 
-    A folder that can't be listed, or holds none, stays: it becomes an error like that of a file.
+    A folder that can't be listed, or holds none, stays in the list and becomes an error like that of a file.
     """
     import soundfile
 

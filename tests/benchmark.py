@@ -13,12 +13,14 @@ import timeit
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
 import librosa
 import numpy as np
 import soundfile
 import torch
+import tyro
+from joblib import cpu_count
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +30,11 @@ import gen_spectrograms
 import trainer
 from conftest import write_dump
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import InputError, Range, n_cores, run, settings_from_command_line
+from lib.common import Count, InputError, number, run
 from lib.demo import render
 from lib.dump import Dump, read_manifest
-from lib.feeder import Feeder, predict
-from lib.parallel import autocast, choose_device, prepare_device
-from lib.report import Losses
+from lib.loader import Loader, predict
+from lib.parallel import choose_device, prepare_device
 from lib.tagger import Tagger, windows
 from model import MultiScaleCNN
 from tags import read_annotations
@@ -45,23 +46,23 @@ Row = Literal["spectrograms", "step", "evaluation", "song"]
 @dataclass(frozen=True)
 class Settings:
     only: tuple[Row, ...] = get_args(Row)  # rows to measure
-    rounds: Annotated[int, Range(1)] = 7  # measured of each side in turn
-    clips: Annotated[int, Range(1)] = 480  # of one run of gen_spectrograms.py and of its baseline
+    rounds: Count = 7  # measured of each side in turn
+    clips: Count = 480  # of one run of gen_spectrograms.py and of its baseline
     gpu: Path | None = (
         None  # only measure training on a CUDA GPU, with the dump in this folder; an empty one gets 8.3 GB
     )
-    epochs: Annotated[int, Range(2)] = 8  # of that training; scaled to the paper's 40
+    epochs: number(int, 2) = 8  # of that training; scaled to the paper's 40
 
 
 def main():
-    settings = settings_from_command_line(Settings, __doc__)
+    settings = tyro.cli(Settings, description=__doc__)
     if settings.gpu and not torch.cuda.is_available():
         raise InputError("--gpu: there is no CUDA GPU here")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         scratch = Path(scratch)
         rows = gpu_rows(settings, scratch) if settings.gpu else compared_rows(settings, scratch)
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    print(f"\n{cpu[1] if cpu else os.uname().machine}, {n_cores()} cores\n")
+    print(f"\n{cpu[1] if cpu else os.uname().machine}, {cpu_count()} cores\n")
     print("| what | baseline | ours | ratio (of all rounds) | to reach |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -173,14 +174,17 @@ def plain_log_mel(samples):
 def train(scratch, *options, after_step=lambda: None):
     """Train for `--epochs` of ten steps, with a call of `after_step` after each step."""
 
-    class WatchedLosses(Losses):
-        def append(self, loss):
-            super().append(loss)
-            after_step()
+    step = trainer.training_step
 
-    trainer.Losses = WatchedLosses
+    def watched_step(*arguments):
+        loss = step(*arguments)
+        after_step()
+        return loss
+
+    trainer.training_step = watched_step
     folders = "--data", scratch / "dump", "--experiments", scratch, "--name", "run", "--overwrite"
     run_script(trainer, *folders, "--train-size", 10 * BATCH, "--validation-size", BATCH, *options)
+    trainer.training_step = step
 
 
 def our_step(scratch):
@@ -211,10 +215,9 @@ def our_evaluation(scratch):
     rates, dump = [], Dump(scratch / "dump")
     for precision in "float32", "bfloat16":
         tagger = Tagger(scratch / "run/best.pt", "cpu", precision)
-        normalization = tagger.mean[:, 0], tagger.std[:, 0]
-        feeder = Feeder(dump, dump.labels, normalization, tagger.device, getattr(torch, precision))
-        with autocast(tagger.device, precision):
-            rates.append(rate(EVALUATED, lambda: predict(tagger.net, feeder, np.arange(EVALUATED), BATCH)))
+        normalization = {"mean": torch.from_numpy(tagger.mean[:, 0]), "std": torch.from_numpy(tagger.std[:, 0])}
+        loader = Loader(dump, dump.labels, normalization, tagger.device, precision)
+        rates.append(rate(EVALUATED, lambda: predict(tagger.net, loader, np.arange(EVALUATED), BATCH)))
     return rates
 
 
@@ -297,23 +300,19 @@ def time_epochs(scratch, *options):
     """
     times, numbers_of_steps = [timeit.default_timer()], []
 
-    class TimedLosses(Losses):
-        def __init__(self, epoch, n_steps, device):
-            super().__init__(epoch, n_steps, device)
-            numbers_of_steps.append(n_steps)
-            times.append(timeit.default_timer())
-
-        def mean(self):
-            loss = super().mean()  # waits for the GPU
-            times.append(timeit.default_timer())
-            return loss
+    def timed_epoch(net, optimizer, loader, batches, epoch):
+        numbers_of_steps.append(len(batches))
+        times.append(timeit.default_timer())
+        loss = train_epoch(net, optimizer, loader, batches, epoch)  # waits for the GPU
+        times.append(timeit.default_timer())
+        return loss
 
     def timed_predict(*arguments):
         probabilities = predict(*arguments)
         times.append(timeit.default_timer())
         return probabilities
 
-    trainer.Losses, trainer.predict = TimedLosses, timed_predict
+    train_epoch, trainer.train_epoch, trainer.predict = trainer.train_epoch, timed_epoch, timed_predict
     run_script(trainer, "--experiments", scratch, "--overwrite", *options)
     begun, _, *epochs, _ = times  # without the ends of the first validation and of the test
     begins, steps, validations = np.reshape(epochs, (-1, 3)).T

@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,22 +28,24 @@ os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}  # one thread: t
 
 import numpy as np
 import torch
+import tyro
 from http_server import Server, behave
 from test_get_data import make_zip, md5sums
 
 from get_data import ARCHIVE, UNPACKED
-from lib.common import InputError, Range, run, settings_from_command_line
+from lib.common import InputError, Seed, number, run
+from lib.demo import render
 
 
 @dataclass(frozen=True)
 class Settings:
-    kills: Annotated[int, Range(0)] = 100  # of each script
-    seed: Annotated[int, Range(0)] = 1337  # of the kills' instants
+    kills: number(int, 0) = 100  # of each script
+    seed: Seed = 1337  # of the kills' instants
     only: tuple[Literal["get_data", "gen_spectrograms", "trainer"], ...] = ("get_data", "gen_spectrograms", "trainer")
 
 
 COMMANDS = {  # each runs in a copy of make_inputs' folder
-    "get_data": "get_data.py --data got --md5sums md5sums.txt --pause 0 --hosts",  # and those of start_hosts
+    "get_data": "get_data.py --data got --md5sums md5sums.txt --hosts",  # and those of start_hosts
     "gen_spectrograms": "gen_spectrograms.py --data . --n-chunks 4",
     "trainer": "trainer.py --data music --experiments . --name tiny --resume --train-size 8 --validation-size 4 "
     "--epochs 3 --batch-size 2 --super-batch-size 4",
@@ -52,7 +54,7 @@ SCRIPT_SECONDS = 120  # more is a hang
 
 
 def main():
-    settings = settings_from_command_line(Settings, __doc__)
+    settings = tyro.cli(Settings, description=__doc__)
     folder = Path(tempfile.mkdtemp(prefix="stress-"))
     make_inputs(folder / "inputs")
     tallies = {script: kill_script(script, folder, settings) for script in settings.only}
@@ -66,7 +68,7 @@ def main():
 def make_inputs(folder):
     """Make the folder of what the scripts need: a dump, and a table of clips; too few of them are bad for an error."""
     folder.mkdir()
-    complete(folder, "get_data.py --demo --demo-clips 16 --data .")
+    render(folder / "demo", n_clips=16)
     complete(folder, "gen_spectrograms.py --data demo --n-chunks 2")
     (folder / "demo").rename(folder / "music")
     clips = sorted(str(path.relative_to(folder)) for path in folder.glob("music/?/*.mp3"))

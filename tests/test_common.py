@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -56,6 +57,12 @@ def test_ctrl_c_says_what_goes_on(capsys):
         common.run(main, "the same command with --resume goes on")
     assert stop.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted; the same command with --resume goes on\n"
+
+
+def test_ctrl_c_during_the_imports_is_one_line():
+    code = "import lib.common, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT and done.stderr == "\ninterrupted\n"
 
 
 def test_a_full_disk_names_the_file_and_what_goes_on(tmp_path, monkeypatch, capsys):

@@ -228,7 +228,12 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
 
 @pytest.mark.parametrize(
     "low, high, verdict",
-    [(0.1, 0.3, "one is better"), (-0.3, -0.1, "two is better"), (-0.1, 0.3, "these clips cannot tell which of one")],
+    [
+        (0.1, 0.3, "one is better"),
+        (-0.3, -0.1, "two is better"),
+        (-0.1, 0.3, "these clips cannot tell which of one"),
+        (np.nan, np.nan, "these clips cannot tell which of one"),
+    ],
 )
 def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, verdict, capsys):
     macro = dict.fromkeys(scores.SCORES, {"value": 0.2, "low": low, "high": high})

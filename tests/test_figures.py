@@ -68,6 +68,11 @@ def test_correlations_are_pearsons_in_one_order_that_groups_similar_tags(tmp_pat
         assert np.allclose(axes.images[0].get_array(), expected[np.ix_(order, order)])
 
 
+def test_one_clip_has_no_correlations(tmp_path):
+    annotated, *_ = axes_of(figures.tag_correlations, tmp_path, list("012"), np.array([[0, 1, 1]]), RNG.random((1, 3)))
+    assert np.array_equal(annotated.images[0].get_array(), np.eye(3))
+
+
 def test_a_taggram_has_seconds_hertz_and_the_likeliest_tags_on_top(tmp_path):
     probabilities = np.array([[0.2, 0.6, 0.1, 0], [0.4, 0.7, 0.9, 0], [0.3, 0.8, 0.8, 0]])
     arguments = np.zeros((128, 628)), list("0123"), np.array([10, 12, 20]), probabilities, r"$\no formula$.mp3", 3

@@ -211,7 +211,7 @@ def test_a_slow_host_gives_way_to_an_untried_one_and_serves_when_there_is_none(f
 
 def test_a_certificate_that_cannot_be_verified_is_one_line(fetch):
     with Server(WHOLE, SELF_SIGNED) as server:
-        assert fetch(server).count("a certificate cannot be verified") == 1
+        assert fetch(server).count("its certificate cannot be verified") == 1
 
 
 def test_a_host_whose_redirects_expire_is_asked_again_before_another(fetch, whole, parts):

@@ -41,10 +41,10 @@ def test_a_file_that_changed_is_tagged_again_and_another_table_is_refused(tmp_pa
     assert fill(table, files) == 2
     before = table.read_bytes()
     for other in ({"tags": ["slow", "fast"]}, {"checkpoint": "4e5f6071"}):
-        with pytest.raises(InputError, match="no table of this checkpoint's"):
+        with pytest.raises(InputError, match="not a table of this checkpoint"):
             fill(table, files, **other)
     assert table.read_bytes() == before
     for content in (b"", b"no table", b"no table\r\n"):
         files[0].write_bytes(content)
-        with pytest.raises(InputError, match="no table of this checkpoint's"):
+        with pytest.raises(InputError, match="not a table of this checkpoint"):
             fill(files[0], files)

@@ -1,11 +1,13 @@
 """Spectrograms against librosa, the dump's files, bad clips, and going on after a kill."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import librosa
@@ -17,7 +19,7 @@ from conftest import ROOT, write_dump
 from gen_spectrograms import log_mel_spectrogram
 from lib.audio import CLIP_SAMPLES, FRONT_END, decode, resample
 from lib.common import InputError
-from lib.dump import Dump, band_normalization
+from lib.dump import Dump, band_normalization, read_manifest, write_manifest
 
 SECONDS = CLIP_SAMPLES / 11025
 
@@ -260,9 +262,52 @@ def test_a_dump_made_with_other_settings_is_never_mixed(run_script, clips):
     assert "without dump.json" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
 
 
+def test_a_dump_is_the_same_in_any_number_of_files(tmp_path):
+    for n_chunks in (1, 4):
+        (tmp_path / str(n_chunks)).mkdir()
+        write_dump(tmp_path / str(n_chunks), n_clips=6, n_chunks=n_chunks)
+    one, four = Dump(tmp_path / "1"), Dump(tmp_path / "4")
+    assert one.fingerprint == four.fingerprint and np.array_equal(one.verify(), four.verify())
+    assert all(np.array_equal(*clips) for clips in zip(one, four, strict=True))
+    assert np.array_equal(one.verify([4, 1]), one.verify()[:, [4, 1]])
+    (tmp_path / "other").mkdir()
+    assert Dump(write_dump(tmp_path / "other", n_clips=6, seed=1)).fingerprint != one.fingerprint
+
+
+def test_a_dump_with_a_checksum_for_each_file_still_loads(tmp_path):
+    """As earlier versions made them."""
+    clips = write_dump(tmp_path, n_clips=6)
+    sums, manifest = Dump(clips).verify(), read_manifest(clips)
+    (clips / "checksums.npy").unlink()
+    del manifest["crc32"]["checksums.npy"]
+    for path in clips.glob("spectrograms_*.npy"):
+        manifest["crc32"][path.name] = f"{zlib.crc32(path.read_bytes()):08x}"
+    write_manifest(clips, manifest)
+    assert np.array_equal(Dump(clips).verify(), sums)
+    assert Dump(clips).fingerprint == ",".join(sorted(manifest["crc32"].values()))
+    with open(clips / "spectrograms_2.npy", "r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"anything")
+    with pytest.raises(InputError, match="spectrograms_2.npy: missing, damaged"):
+        Dump(clips).verify()
+
+
+def test_overwriting_deletes_what_is_the_dumps_and_nothing_else(run_script, clips, undisturbed):
+    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 5)
+    mine = ["spectrograms_0_backup.npy", "spectrograms_2019_notes.csv", "spectrograms_0.txt"]
+    for name in mine:
+        (clips / name).write_text("mine")
+    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 2, "--overwrite", "--chunks", 0, 0)
+    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 2)
+    assert {(clips / name).read_text() for name in mine} == {"mine"}
+    for name in mine + [f".spectrograms_{index}.npy.lock" for index in (2, 3, 4)]:
+        (clips / name).unlink()
+    assert contents(clips) == undisturbed
+
+
 def test_a_damaged_dump_is_named(tmp_path):
     clips = write_dump(tmp_path, n_clips=6)
-    for name in ("ids.npy", "tag_names.npy", "spectrograms_1.npy", "dump.json"):
+    for name in ("ids.npy", "tag_names.npy", "checksums.npy", "spectrograms_1.npy", "dump.json"):
         original = (clips / name).read_bytes()
         flipped = bytearray(original)
         flipped[len(flipped) // 2] ^= 16
@@ -275,12 +320,16 @@ def test_a_damaged_dump_is_named(tmp_path):
 
 
 @on_linux
-def test_a_full_disk_is_one_line_and_the_next_start_goes_on(run_script, clips):
+@pytest.mark.parametrize("n_chunks, blocks", [(1, 2000), (97, 100)])  # one failure, or more than fit into a pipe
+def test_a_full_disk_is_one_line_and_the_next_start_resumes(run_script, tmp_path, n_chunks, blocks):
+    soundfile.write(tmp_path / "a.flac", tone(11025, 1), 11025)
+    write_table(tmp_path, ["a.flac"] * 97)
     # A limit on the size of files makes write() fail as a full disk does, with another error number
-    command = f"{sys.executable} {ROOT}/gen_spectrograms.py --data {clips} --n-chunks 1"
-    limited = ["bash", "-c", f"trap '' XFSZ; ulimit -f 2000; exec {command}"]
+    command = f"{sys.executable} {ROOT}/gen_spectrograms.py --data {tmp_path} --n-chunks {n_chunks}"
+    limited = ["bash", "-c", f"trap '' XFSZ; ulimit -f {blocks}; exec {command}"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "spectrograms_0.npy" in done.stderr
-    run_script("gen_spectrograms.py", "--data", clips, "--n-chunks", 1)
-    Dump(clips).verify()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match(r"error: .*/spectrograms_\d+.npy: File too large", done.stderr)
+    if n_chunks == 1:
+        run_script("gen_spectrograms.py", "--data", tmp_path, "--n-chunks", n_chunks)
+        Dump(tmp_path).verify()

@@ -4,17 +4,20 @@ import csv
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from conftest import ROOT
 from evaluate import Tagger
 from lib import figures
 from lib.audio import log_mel_spectrogram
 from lib.common import InputError
-from lib.library import draw_taggram
+from lib.library import draw_taggram, picture_of
 from lib.tagger import windows
 from test_evaluate import make_checkpoint
 
@@ -71,7 +74,7 @@ def test_a_column_of_a_taggram_is_the_answer_for_the_clip_around_it(tagger, tmp_
     drawn = []
     monkeypatch.setattr(figures, "taggram", lambda *arguments: drawn.append(arguments))
     samples, half = music(33)[:, 0], 627 * 512 // 2
-    draw_taggram(tagger, samples, 2, tmp_path / "song.mp3", tmp_path, {})
+    draw_taggram(tagger, samples, 2, tmp_path / "song.mp3", picture_of(tmp_path / "song.mp3", tmp_path, {}))
     ((picture, spectrogram, _, times, probabilities, _, n_tags, _),) = drawn
     assert picture == tmp_path / "taggram_song.mp3.png" and n_tags == 2
     assert times == pytest.approx(np.arange(0.5, 33), abs=1e-4) and spectrogram.shape == (128, 1 + len(samples) // 512)
@@ -144,6 +147,20 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     assert len(errors) == len(bad) and all(any(f"error: {path}: " in line for line in errors) for path in bad)
     for picture in ("cut.mp3", "01.ogg", "CD2_01.ogg", "low \udce9.wav"):
         assert (tmp_path / f"taggram_{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+    for number in range(9):
+        soundfile.write(tmp_path / f"{number}.flac", music(1), 11025)
+    checkpoint = make_checkpoint(tmp_path / "best.pt", synthetic=False)
+    command = f"{sys.executable} {ROOT}/evaluate.py --device cpu --checkpoint {checkpoint} --tag {tmp_path} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path}/0.flac: ")
+
+
+def test_a_table_and_pictures_at_once_are_refused(call_script, tmp_path):
+    error = call_script("evaluate.py", "--tag", tmp_path, "--csv", tmp_path / "a.csv", "--taggram", status=1).stderr
+    assert "leave out --json and --taggram" in error and error.count("\n") == 1
 
 
 def test_a_library_is_a_table_with_a_row_for_each_file(tmp_path, tagger, run_script):

@@ -47,7 +47,7 @@ def test_quotes_line_ends_and_a_byte_order_mark_are_optional(tmp_path):
         (TABLE.split("\r\n", 1)[1], "line 1: no header"),
         (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a name of its own ('guitar')"),
         (TABLE.encode() + b'"\xff\xfe"', "not a tab-separated text table"),
-        ("", "empty"),
+        ("", "no clips in it"),
     ],
 )
 def test_names_the_line_of_what_is_wrong(tmp_path, text, said):
