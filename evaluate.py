@@ -22,7 +22,7 @@ from lib.library import tag_files
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, remedy_for_full_gpu, started_with_others
 from lib.scores import format_score
-from lib.tagger import Tagger  # noqa: F401 - for other programs
+from lib.tagger import Tagger  # noqa: F401 - re-exported
 from tags import clip_info_of, select_tags
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
-from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one for other programs
+from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
 from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, run
 from lib.common import whole_file, write_table
 from lib.dump import CLIP_BYTES, MANIFEST, chunk_files, delete_dump, divide, hex_crc32, read_manifest, write_manifest

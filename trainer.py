@@ -23,7 +23,7 @@ from lib.loader import Loader, predict
 from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
 from lib.parallel import rank, remedy_for_full_gpu, share_of_batch, world_size
 from lib.scores import compare_with_paper, format_score, macro, roc_auc
-from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - split_clips: for other programs
+from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - one is re-exported
 from model import all_reduce, build_network, initialize
 from tags import select_tags
 

@@ -1,7 +1,7 @@
 """Render a small stand-in for MagnaTagATune: computer-played music in MagnaTagATune's layout and formats.
 
-As in MagnaTagATune, clips are 29-second cuts of tracks, tracks belong to albums and albums to artists; an album
-lies in one folder but an artist may lie in two; and annotators have several names for one sound.
+As in MagnaTagATune, clips are 29-second cuts of tracks, tracks belong to albums and albums to artists; an album is in
+one folder but an artist may be in two; and annotators have several names for one sound.
 """
 
 import csv
@@ -22,8 +22,8 @@ MP3 = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT", comp
 
 INFO_COLUMNS = "clip_id track_number title artist album url segmentStart segmentEnd original_url mp3_path".split()
 CUTS = (30, 59), (59, 88)  # the clips of each track: from, to, in seconds
-# One folder an album, in this order: the first three albums already reach the usual validation (c), test (d-f) and
-# training (0-b) folders, and two artists come to lie in both training and test.
+# Each album's folder, in this order: three albums suffice for the usual validation (c), test (d-f) and training (0-b)
+# folders, and two artists are in both training and test.
 FOLDERS = "cf258be147ad0369"
 # All of MagnaTagATune's names for a sound; the first is the name that merging leaves.
 SPELLINGS = [
@@ -35,12 +35,12 @@ SPELLINGS = [
 SOLOISTS = ["guitar", "harpsichord", "flute", "violin", "string", "synth"]
 TEMPOS = {"slow": (44, 56), "moderate": (88, 104), "fast": (168, 192)}  # beats per minute, from and to
 LEVELS = {"quiet": -36, "moderate": -25, "loud": -13}  # root mean square before the limiter, dB re full scale
-SCALE = [0, 2, 4, 7, 9]  # pentatonic, in semitones above the key note: any of its notes go together
+SCALE = [0, 2, 4, 7, 9]  # pentatonic, in semitones above the key note: any two notes are consonant
 HARMONIC = np.arange(1.0, 30)  # 1 is the fundamental
 
 
 def render(folder, n_clips=192, seed=1337):
-    """Render `n_clips` clips and their two tables into `folder`, keeping what an interrupted call left there.
+    """Render `n_clips` clips and their two tables into `folder`, resuming an interrupted call.
 
     The same `n_clips` and `seed` give the same files, byte for byte. Raises InputError if `folder` holds anything else.
     """
@@ -48,17 +48,15 @@ def render(folder, n_clips=192, seed=1337):
     clips = list_clips(n_clips, seed)
     missing = [clip for clip in clips if not (folder / clip.path).exists()]
     with ThreadPool(cpu_count()) as pool:  # threads, because NumPy and the encoder release the interpreter's lock
-        written = pool.imap_unordered(partial(write_clip, folder, seed), missing)
-        for _ in progress(written, "rendering", len(missing), unit="clip"):
-            pass
+        list(progress(pool.imap(partial(write_clip, folder, seed), missing), "rendering", len(missing), unit="clip"))
     origins = [[clip.number, *clip.origin, clip.path] for clip in clips]
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_ALL}  # MagnaTagATune's
     write_table(folder / "clip_info_final.csv", [INFO_COLUMNS, *origins], **dialect)
-    write_table(folder / "tags.csv", annotations(clips, seed), **dialect)  # last: where it is, everything is
+    write_table(folder / "tags.csv", annotations(clips, seed), **dialect)  # last: its presence means all is there
 
 
 def claim(folder, n_clips, seed):
-    """Mark `folder` as this demo's by SYNTHETIC.txt, or raise InputError if it is anything else's."""
+    """Write SYNTHETIC.txt into `folder`. Raises InputError if the folder holds anything but this demo."""
     text = (
         f"Everything in this folder is computer-generated: {n_clips} clips by lib/demo.py, seed {seed}.\n"
         "It has MagnaTagATune's formats, but none of its music and none of its annotations.\n"
@@ -74,7 +72,7 @@ def claim(folder, n_clips, seed):
 
 
 def write_clip(folder, seed, clip):
-    encoded = io.BytesIO()  # not the file: the encoder seeks and rewrites
+    encoded = io.BytesIO()  # because the encoder seeks and rewrites
     soundfile.write(encoded, play(clip, seed), SAMPLE_RATE, **MP3)
     (folder / clip.path).parent.mkdir(exist_ok=True)
     with whole_file(folder / clip.path) as file:
@@ -96,8 +94,8 @@ class Clip:
 def list_clips(n_clips, seed):
     """Return the first `n_clips` clips of an endless catalogue of albums.
 
-    The three tracks of an album share out all soloists, a bass, drums for one or two of them, all tempos and all
-    levels. So every tag is both present and absent on every album.
+    The soloists, tempos, levels, a bass and one or two drums are dealt out to the three tracks of an album, so that
+    every tag is both present and absent on it.
     """
     rng = np.random.default_rng([seed, 1])
     clips = []
@@ -120,7 +118,7 @@ def list_clips(n_clips, seed):
             music = band, sounds, LEVELS[level], beat, rng.integers(12)
             for start, end in CUTS:
                 path = f"{folder}/{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")
-                origin = [track, title, artist, album, "", start, end, ""]  # with no address on the web
+                origin = [track, title, artist, album, "", start, end, ""]  # without URLs
                 clips.append(Clip(len(clips) + 1, origin, path, *music))
     return clips[:n_clips]
 
