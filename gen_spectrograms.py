@@ -100,10 +100,10 @@ def make_chunks(chunks, plan, mp3_paths):
             if not failures.empty():
                 raise failures.get()
             wait(running, timeout=0.5)
-            bar.update(sum(len(chunk.checksums()) for chunk in chunks) - bar.n)
+            bar.update(sum(chunk.n_done() for chunk in chunks) - bar.n)
     for worker, chunk in zip(workers, chunks):
         if worker.exitcode:
-            near = [mp3_paths[row] for row in chunk.rows[len(chunk.checksums()) :][:1]]
+            near = [mp3_paths[row] for row in chunk.rows[chunk.n_done() :][:1]]
             died = f"its process died (exit status {worker.exitcode}) near {near}"
             raise InputError(f"{chunk.path}: {died}; the same command resumes there")
 
@@ -142,15 +142,16 @@ def finish(data, plan, annotations, chunks):
     """Complete the dump if every chunk exists, and return its manifest. The caller holds the lock on that."""
     manifest = manifest_of(data, plan)
     if not manifest["complete"] and all(chunk.is_complete() for chunk in chunks):
-        bad = {row: found for chunk in chunks for row, found in chunk.bad_clips().items()}
-        rows = [(annotations.ids[row], annotations.mp3_paths[row], *found) for row, found in bad.items()]
+        lines = [line.decode().rstrip("\n") for chunk in chunks for line in chunk.bad_clips().values()]
+        bad = [(int(row), outcome, why) for row, outcome, why in (line.split("\t") for line in lines)]
+        rows = [(annotations.ids[row], annotations.mp3_paths[row], outcome, why) for row, outcome, why in bad]
         write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *rows])
         tables = dict(zip(("ids", "tags", "tag_names", "mp3_paths"), annotations))
         tables["checksums"] = np.concatenate([chunk.checksums() for chunk in chunks])
         for name, values in tables.items():
             with whole_file(data / f"{name}.npy") as file:
                 np.save(file, np.array(values), allow_pickle=False)
-        outcomes = [outcome for outcome, _ in bad.values()]
+        outcomes = [outcome for _, outcome, _ in bad]
         manifest |= {
             "outcomes": {kind: outcomes.count(kind) for kind in ("zero", "padded")},
             "synthetic": (data / "SYNTHETIC.txt").exists(),

@@ -26,8 +26,8 @@ MANIFEST = "dump.json"
 class Chunk:
     """One file of the dump, made by one process: the clips of `rows`, a range of the annotations' rows.
 
-    Until the dump is complete, two files beside it hold the CRC-32 of each clip, appended after the clip, and a line
-    "row outcome reason" for each bad clip.
+    Until the dump is complete, two files beside it hold a checksum for each clip, appended after the clip, and a line
+    "row outcome reason" for each bad clip. The checksum is the clip's CRC-32, XOR that of its line if it has one.
     """
 
     def __init__(self, data, index, rows):
@@ -38,21 +38,29 @@ class Chunk:
         np.lib.format.write_array_header_1_0(header, layout)
         self.header = header.getvalue()
 
-    def checksums(self):
-        """Return the CRC-32 of each clip that is done: (clips,) uint32."""
-        found = np.fromfile(self.crc32, "<u4") if self.crc32.exists() else np.empty(0, "<u4")
-        return found[: len(self.rows)]
+    def n_done(self):
+        """Return how many clips are done."""
+        return min(self.crc32.stat().st_size // 4, len(self.rows)) if self.crc32.exists() else 0
 
     def bad_clips(self):
-        """Return {row: (outcome, reason)} of a complete chunk's bad clips."""
-        text = self.bad.read_text(encoding="utf-8", errors="replace")
-        return {int(row): found for row, *found in re.findall(r"^(\d+)\t(\w+)\t(.*)\n", text, re.MULTILINE)}
+        """Return {row: line} of the bad clips that are done."""
+        content, done = self.bad.read_bytes() if self.bad.exists() else b"", self.rows[: self.n_done()]
+        return {
+            int(row): line for line, row in re.findall(rb"^((\d+)\t.*\n)", content, re.MULTILINE) if int(row) in done
+        }
+
+    def checksums(self):
+        """Return the CRC-32 of each clip that is done: (clips,) uint32; another number if its line is damaged."""
+        found = np.fromfile(self.crc32, "<u4", self.n_done()) if self.n_done() else np.empty(0, "<u4")
+        for row, line in self.bad_clips().items():
+            found[row - self.rows.start] ^= zlib.crc32(line)
+        return found
 
     def has_all_bytes(self):
         return self.path.exists() and self.path.stat().st_size == len(self.header) + len(self.rows) * CLIP_BYTES
 
     def is_complete(self):
-        return self.has_all_bytes() and len(self.checksums()) == len(self.rows)
+        return self.has_all_bytes() and self.n_done() == len(self.rows)
 
     def resume(self):
         """Open the unfinished files after the last clip that has its checksum; return how many clips there are.
@@ -66,7 +74,7 @@ class Chunk:
         clips, crc32, bad = self.files
         clips.write(self.header)
         for checksum in self.checksums():
-            if zlib.crc32(clips.read(CLIP_BYTES)) != checksum:  # a power cut may lose a clip and keep its checksum
+            if zlib.crc32(clips.read(CLIP_BYTES)) != checksum:  # a power cut may keep a checksum and lose its clip
                 break
             n_done += 1
         clips.truncate(clips.seek(len(self.header) + n_done * CLIP_BYTES))
@@ -79,12 +87,9 @@ class Chunk:
         """Write the next clip: (128, 628) float32."""
         clips, crc32, bad = self.files
         clip = spectrogram.astype("<f4").tobytes()
-        contents = {clips: clip, crc32: zlib.crc32(clip).to_bytes(4, "little")}
-        if outcome:
-            bad.write(f"{row}\t{outcome}\t{' '.join(reason.split())}\n".encode(errors="replace"))
-            bad.flush()
-            os.fsync(bad.fileno())  # before the checksum, which says that all of the clip is there
-        for file, content in contents.items():
+        line = f"{row}\t{outcome}\t{' '.join(reason.split())}\n".encode(errors="replace") if outcome else b""
+        checksum = zlib.crc32(clip) ^ zlib.crc32(line)
+        for file, content in ((bad, line), (clips, clip), (crc32, checksum.to_bytes(4, "little"))):
             file.write(content)
             file.flush()
 
