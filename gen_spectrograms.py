@@ -142,7 +142,7 @@ def finish(data, plan, annotations, chunks):
     """Complete the dump if every chunk exists, and return its manifest. The caller holds the lock on that."""
     manifest = manifest_of(data, plan)
     if not manifest["complete"] and all(chunk.is_complete() for chunk in chunks):
-        lines = [line.decode().rstrip("\n") for chunk in chunks for line in chunk.bad_clips().values()]
+        lines = [line.decode(errors="replace").rstrip("\n") for chunk in chunks for line in chunk.bad_clips().values()]
         bad = [(int(row), outcome, why) for row, outcome, why in (line.split("\t") for line in lines)]
         rows = [(annotations.ids[row], annotations.mp3_paths[row], outcome, why) for row, outcome, why in bad]
         write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *rows])

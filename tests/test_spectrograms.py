@@ -231,7 +231,8 @@ def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, undist
         assert process.returncode == 1 and "the same command resumes" in error and "Traceback" not in error
     with pytest.raises(InputError, match="no complete dump"):
         Dump(clips)
-    for path in clips.glob("*.bad"):
+    for partial in clips.glob("*.partial"):
+        path = clips / partial.name.replace(".npy.partial", ".bad")
         path.write_bytes(path.read_bytes()[:-3])  # of the missing clip, if it was reached
     half_written = max(clips.glob("*.partial"), key=os.path.getsize)
     with open(half_written, "r+b") as file:
