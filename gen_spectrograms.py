@@ -22,7 +22,8 @@ from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_ME
 from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
 from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, run
 from lib.common import whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, chunk_files, delete_dump, divide, hex_crc32, read_manifest, write_manifest
+from lib.dump import CLIP_BYTES, MANIFEST, Dump, chunk_files, delete_dump, divide, hex_crc32, read_manifest
+from lib.dump import write_manifest
 from tags import annotations_file, read_annotations
 
 
@@ -50,7 +51,9 @@ def main():
         if settings.overwrite:
             delete_dump(settings.data)
         manifest = manifest_of(settings.data, plan)
-    if not manifest["complete"]:
+    if manifest["complete"]:
+        Dump(settings.data)  # raises InputError if a file is missing
+    else:
         make_chunks([chunk for chunk in chosen if not chunk.is_complete()], plan, annotations.mp3_paths)
     with lock(settings.data / MANIFEST):
         manifest = finish(settings.data, plan, annotations, chunks)

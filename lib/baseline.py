@@ -10,7 +10,7 @@ BASELINE_C = 0.03
 
 
 def band_features(sums, squares):
-    """Return the mean and the standard deviation of each clip's mel bands, (clips, 256), from Dump.band_sums."""
+    """Return the mean and the standard deviation of each clip's mel bands, (clips, 256), from Dump.verify."""
     mean = sums / N_FRAMES
     return np.hstack([mean, np.sqrt(np.maximum(squares / N_FRAMES - mean**2, 0))])
 

@@ -261,6 +261,8 @@ def test_a_dump_made_with_other_settings_is_never_mixed(run_script, clips):
     assert "annotations_sha256" in done.stderr and "--overwrite" in done.stderr
     (clips / "tags.csv").write_text(table)
     assert contents(clips) == before
+    (clips / "spectrograms_3.npy").rename(clips / "elsewhere.npy")
+    assert "spectrograms_3.npy: missing" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
     (clips / "dump.json").unlink()
     assert "without dump.json" in run_script("gen_spectrograms.py", "--data", clips, status=1).stderr
 
