@@ -70,12 +70,11 @@ def test_an_error_of_all_processes_is_printed_once(small, tmp_path):
     with open(damaged / "spectrograms_1.npy", "r+b") as file:
         file.seek(1000)
         file.write(b"anything")
-    for data, said in ((damaged, "spectrograms_1.npy: missing, damaged"), (tmp_path / "typo", "no complete dump here")):
-        sizes = ["--train-size", 4, "--validation-size", 1]
-        command = [*TORCHRUN, "trainer.py", "--data", data, *TINY, *sizes, "--experiments", tmp_path]
-        pair = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
-        assert pair.returncode == 1 and pair.stderr.count("error: ") == 1 and said in pair.stderr
-        assert 'trainer.py", line' not in pair.stderr, "no traceback of ours"
+    sizes = ["--train-size", 4, "--validation-size", 1]
+    command = [*TORCHRUN, "trainer.py", "--data", damaged, *TINY, *sizes, "--experiments", tmp_path]
+    pair = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert pair.returncode == 1 and pair.stderr.count("error: ") == 1
+    assert "spectrograms_1.npy: missing, damaged" in pair.stderr and 'trainer.py", line' not in pair.stderr
 
 
 def test_one_process_of_several_does_not_evaluate(call_script, tmp_path, monkeypatch):
