@@ -88,10 +88,7 @@ def make_chunks(chunks, plan, mp3_paths):
 
     The first failure ends them all: an exception of a worker is raised here. Raises InputError if one was killed.
     """
-    resample(
-        np.zeros(2, np.float32), 2 * SAMPLE_RATE
-    )  # imports what the workers need, once for all that are forked below
-    log_mel(np.zeros(1, np.float32))
+    log_mel(resample(np.zeros(9, np.float32), 2 * SAMPLE_RATE))  # imports, once, all that the forked workers need
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
