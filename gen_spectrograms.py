@@ -22,8 +22,8 @@ from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_ME
 from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
 from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, run
 from lib.common import whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, Dump, chunk_files, delete_dump, divide, hex_crc32, read_manifest
-from lib.dump import write_manifest
+from lib.dump import CLIP_BYTES, MANIFEST, Dump, checksums, chunk_files, delete_dump, divide, hex_crc32
+from lib.dump import read_manifest, write_manifest
 from tags import annotations_file, read_annotations
 
 
@@ -50,14 +50,14 @@ def main():
     with lock(settings.data / MANIFEST):
         if settings.overwrite:
             delete_dump(settings.data)
-        manifest = manifest_of(settings.data, plan)
+        manifest = start_or_resume(settings.data, plan)
     if manifest["complete"]:
         Dump(settings.data)  # raises InputError if a file is missing
     else:
         make_chunks([chunk for chunk in chosen if not chunk.is_complete()], plan, annotations.mp3_paths)
     with lock(settings.data / MANIFEST):
         manifest = finish(settings.data, plan, annotations, chunks)
-    print_summary(settings.data, manifest, chunks)
+        print_summary(settings.data, manifest, chunks)
 
 
 def plan_dump(table, annotations, n_chunks):
@@ -67,15 +67,17 @@ def plan_dump(table, annotations, n_chunks):
     return {"annotations_sha256": sha256, "n_clips": n_clips, "n_chunks": n_chunks, "front_end": FRONT_END}
 
 
-def manifest_of(data, plan):
-    """Return the manifest of the dump in folder `data`, which is begun if there is none.
-
-    Raises InputError if that has another plan, as where another process has started over.
-    """
+def start_or_resume(data, plan):
+    """Return the manifest of the dump in folder `data`, written here if there is none. The caller holds its lock."""
     if not (data / MANIFEST).exists():
         if unexpected := chunk_files(data):
             raise InputError(f"{unexpected[0]}: of a dump without {MANIFEST}; move it away, or --overwrite deletes it")
         write_manifest(data, {**plan, "complete": False})
+    return manifest_of(data, plan)
+
+
+def manifest_of(data, plan):
+    """Return the manifest of the dump in folder `data`. Raises InputError if that has another plan, or was deleted."""
     manifest = read_manifest(data)
     if differing := [key for key in plan if manifest.get(key) != plan[key]]:
         found = ", ".join(f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in differing)
@@ -118,10 +120,10 @@ def make_chunk(chunk, plan, mp3_paths, failures):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the mp3 decoder comments on every damaged frame
     try:
         with naming(chunk.path), lock(chunk.path):
-            if manifest_of(chunk.path.parent, plan)["complete"] or chunk.is_complete():
+            if chunk.is_complete() or manifest_of(chunk.path.parent, plan)["complete"]:
                 return  # another process has completed it while this one waited
             for row in chunk.rows[chunk.resume() :]:
-                chunk.append(row, *make_spectrogram(chunk.path.parent / mp3_paths[row]))
+                chunk.append(*make_spectrogram(chunk.path.parent / mp3_paths[row]))
                 if os.getppid() != multiprocessing.parent_process().pid:
                     return  # the parent process was killed
             chunk.finish()
@@ -145,18 +147,16 @@ def finish(data, plan, annotations, chunks):
     """Complete the dump if every chunk exists, and return its manifest. The caller holds the lock on that."""
     manifest = manifest_of(data, plan)
     if not manifest["complete"] and all(chunk.is_complete() for chunk in chunks):
-        lines = [line.decode(errors="replace").rstrip("\n") for chunk in chunks for line in chunk.bad_clips().values()]
-        bad = [(int(row), outcome, why) for row, outcome, why in (line.split("\t") for line in lines)]
-        rows = [(annotations.ids[row], annotations.mp3_paths[row], outcome, why) for row, outcome, why in bad]
-        write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *rows])
-        tables = dict(zip(("ids", "tags", "tag_names", "mp3_paths"), annotations))
-        tables["checksums"] = np.concatenate([chunk.checksums() for chunk in chunks])
+        records = np.concatenate([chunk.records() for chunk in chunks])
+        texts = zip(annotations.ids, annotations.mp3_paths, records["outcome"].tolist(), records["reason"].tolist())
+        bad = [(*clip, outcome.decode(), why.decode(errors="replace")) for *clip, outcome, why in texts if outcome]
+        write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *bad])
+        tables = dict(zip(("ids", "tags", "tag_names", "mp3_paths"), annotations)) | {"checksums": checksums(records)}
         for name, values in tables.items():
             with whole_file(data / f"{name}.npy") as file:
                 np.save(file, np.array(values), allow_pickle=False)
-        outcomes = [outcome for _, outcome, _ in bad]
         manifest |= {
-            "outcomes": {kind: outcomes.count(kind) for kind in ("zero", "padded")},
+            "outcomes": {kind: int(np.sum(records["outcome"] == kind.encode())) for kind in ("zero", "padded")},
             "synthetic": (data / "SYNTHETIC.txt").exists(),
             "crc32": {f"{name}.npy": hex_crc32((data / f"{name}.npy").read_bytes()) for name in tables},
             "complete": True,
@@ -164,8 +164,7 @@ def finish(data, plan, annotations, chunks):
         write_manifest(data, manifest)
     if manifest["complete"]:
         for chunk in chunks:
-            chunk.crc32.unlink(missing_ok=True)
-            chunk.bad.unlink(missing_ok=True)
+            chunk.log.unlink(missing_ok=True)
     return manifest
 
 

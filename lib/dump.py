@@ -21,18 +21,20 @@ from lib.common import InputError, lock, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
+# What is kept of each clip while its chunk is made: its CRC-32, XOR that of the two texts, which bad clips have
+RECORD = np.dtype([("crc32", "<u4"), ("outcome", "S6"), ("reason", "S200")])
 
 
 class Chunk:
     """One file of the dump, made by one process: the clips of `rows`, a range of the annotations' rows.
 
-    Until the dump is complete, two files beside it hold a checksum for each clip, appended after the clip, and a line
-    "row outcome reason" for each bad clip. The checksum is the clip's CRC-32, XOR that of its line if it has one.
+    Until the dump is complete, a file of RECORDs lies beside it. Each is appended after its clip, so the file's length
+    says how many clips are done.
     """
 
     def __init__(self, data, index, rows):
         self.rows, self.path = rows, data / f"spectrograms_{index}.npy"
-        self.partial, self.crc32, self.bad = (self.path.with_suffix(end) for end in (".npy.partial", ".crc32", ".bad"))
+        self.partial, self.log = self.path.with_suffix(".npy.partial"), self.path.with_suffix(".records")
         header = io.BytesIO()
         layout = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), N_MELS, N_FRAMES)}
         np.lib.format.write_array_header_1_0(header, layout)
@@ -40,65 +42,62 @@ class Chunk:
 
     def n_done(self):
         """Return how many clips are done."""
-        return min(self.crc32.stat().st_size // 4, len(self.rows)) if self.crc32.exists() else 0
+        try:
+            return min(self.log.stat().st_size // RECORD.itemsize, len(self.rows))
+        except FileNotFoundError:
+            return 0
 
-    def bad_clips(self):
-        """Return {row: line} of the bad clips that are done."""
-        content, done = self.bad.read_bytes() if self.bad.exists() else b"", self.rows[: self.n_done()]
-        return {
-            int(row): line for line, row in re.findall(rb"^((\d+)\t.*\n)", content, re.MULTILINE) if int(row) in done
-        }
-
-    def checksums(self):
-        """Return the CRC-32 of each clip that is done: (clips,) uint32; another number if its line is damaged."""
-        found = np.fromfile(self.crc32, "<u4", self.n_done()) if self.n_done() else np.empty(0, "<u4")
-        for row, line in self.bad_clips().items():
-            found[row - self.rows.start] ^= zlib.crc32(line)
-        return found
+    def records(self):
+        """Return the RECORDs of the clips that are done."""
+        return np.fromfile(self.log, RECORD, n_done) if (n_done := self.n_done()) else np.empty(0, RECORD)
 
     def has_all_bytes(self):
         return self.path.exists() and self.path.stat().st_size == len(self.header) + len(self.rows) * CLIP_BYTES
 
     def is_complete(self):
-        return self.has_all_bytes() and self.n_done() == len(self.rows)
+        return self.n_done() == len(self.rows) and self.has_all_bytes() and not self.partial.exists()
 
     def resume(self):
-        """Open the unfinished files after the last clip that has its checksum; return how many clips there are.
+        """Open the unfinished files after the last intact clip; return how many clips there are.
 
         The caller holds the lock on the chunk's path.
         """
-        paths, n_done = (self.partial, self.crc32, self.bad), 0
-        for path in paths:
-            path.touch()
-        self.files = [open(path, "r+b") for path in paths]  # not "ab": that writes behind another process's bytes
-        clips, crc32, bad = self.files
+        n_done, expected = 0, checksums(self.records())
+        self.partial.touch()
+        self.log.touch()
+        # Not "ab", which writes behind the bytes of another process
+        self.clips, self.record = clips, record = open(self.partial, "r+b"), open(self.log, "r+b")
         clips.write(self.header)
-        for checksum in self.checksums():
-            if zlib.crc32(clips.read(CLIP_BYTES)) != checksum:  # a power cut may keep a checksum and lose its clip
+        for checksum in expected:
+            if zlib.crc32(clips.read(CLIP_BYTES)) != checksum:  # a power cut may keep a record and lose its clip
                 break
             n_done += 1
         clips.truncate(clips.seek(len(self.header) + n_done * CLIP_BYTES))
-        crc32.truncate(crc32.seek(4 * n_done))
-        bad.seek(0, os.SEEK_END)
-        bad.write(b"\n")  # ends a line that was cut off
+        record.truncate(record.seek(n_done * RECORD.itemsize))
         return n_done
 
-    def append(self, row, spectrogram, outcome="", reason=""):
+    def append(self, spectrogram, outcome="", reason=""):
         """Write the next clip: (128, 628) float32."""
-        clips, crc32, bad = self.files
         clip = spectrogram.astype("<f4").tobytes()
-        line = f"{row}\t{outcome}\t{' '.join(reason.split())}\n".encode(errors="replace") if outcome else b""
-        checksum = zlib.crc32(clip) ^ zlib.crc32(line)
-        for file, content in ((bad, line), (clips, clip), (crc32, checksum.to_bytes(4, "little"))):
+        record = np.zeros(1, RECORD)
+        record[0] = zlib.crc32(clip), outcome.encode(), " ".join(reason.split()).encode(errors="replace")
+        record["crc32"] = checksums(record)
+        for file, content in ((self.clips, clip), (self.record, record.tobytes())):
             file.write(content)
             file.flush()
 
     def finish(self):
-        """Give the file, which has all its clips, its name."""
-        for file in self.files:
+        """Rename the file, which has all its clips, to its final name."""
+        for file in (self.clips, self.record):
             os.fsync(file.fileno())
             file.close()
         os.replace(self.partial, self.path)
+
+
+def checksums(records):
+    """Return the CRC-32 of each clip of `records`: (clips,) uint32; a wrong one if its record is damaged."""
+    texts = [zlib.crc32(record["outcome"] + record["reason"]) for record in records]
+    return records["crc32"] ^ np.array(texts, np.uint32)
 
 
 def divide(data, n_clips, n_chunks):
@@ -109,17 +108,16 @@ def divide(data, n_clips, n_chunks):
 
 def chunk_files(data):
     """Return the paths of all chunks, finished or not, and of what belongs to them."""
-    pattern = r"spectrograms_\d+\.(npy|npy\.partial|crc32|bad|journal)"  # journal: of earlier versions
+    pattern = r"spectrograms_\d+\.(npy|npy\.partial|records|crc32|bad|journal)"  # the last three: earlier versions'
     return [path for path in data.iterdir() if re.fullmatch(pattern, path.name)]
 
 
 def delete_dump(data):
     """Delete a dump, once no process is at work on any part of it."""
-    paths = chunk_files(data)
     with ExitStack() as held:
-        for name in {path.name.split(".")[0] for path in paths}:
+        for name in {path.name.split(".")[0] for path in chunk_files(data)}:
             held.enter_context(lock(data / f"{name}.npy"))
-        for path in [data / MANIFEST, *paths]:
+        for path in [data / MANIFEST, *chunk_files(data)]:
             path.unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cuda_on_cpu import played_gpus
-from gen_spectrograms import finish, manifest_of, plan_dump
+from gen_spectrograms import finish, plan_dump, start_or_resume
 from lib.audio import N_FRAMES, N_MELS
 from lib.common import lock, run as run_main
 from lib.dump import MANIFEST, divide
@@ -89,11 +89,11 @@ def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar",
     plan = plan_dump(data / "tags.csv", annotations, n_chunks)
     chunks = divide(data, n_clips, n_chunks)
     with lock(data / MANIFEST):
-        manifest_of(data, plan)
+        start_or_resume(data, plan)
         for chunk in chunks:
             chunk.resume()
-            for row in chunk.rows:
-                chunk.append(row, rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
+            for _ in chunk.rows:
+                chunk.append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
             chunk.finish()
         finish(data, plan, annotations, chunks)
     return data

@@ -19,7 +19,7 @@ from conftest import ROOT, write_dump
 from gen_spectrograms import log_mel_spectrogram
 from lib.audio import CLIP_SAMPLES, FRONT_END, decode, resample
 from lib.common import InputError
-from lib.dump import Dump, band_normalization, read_manifest, write_manifest
+from lib.dump import RECORD, Dump, band_normalization, read_manifest, write_manifest
 
 SECONDS = CLIP_SAMPLES / 11025
 
@@ -190,7 +190,7 @@ def start(data, n_chunks, *arguments):
 
 def wait_for_clips(data, n_clips=1):
     deadline = time.monotonic() + 60
-    while sum(path.stat().st_size // 4 for path in data.glob("*.crc32")) < n_clips:
+    while sum(path.stat().st_size // RECORD.itemsize for path in data.glob("*.records")) < n_clips:
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -231,9 +231,9 @@ def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, undist
         assert process.returncode == 1 and "the same command resumes" in error and "Traceback" not in error
     with pytest.raises(InputError, match="no complete dump"):
         Dump(clips)
-    for partial in clips.glob("*.partial"):
-        path = clips / partial.name.replace(".npy.partial", ".bad")
-        path.write_bytes(path.read_bytes()[:-3])  # of the missing clip, if it was reached
+    for records in clips.glob("*.records"):
+        with open(records, "ab") as file:
+            file.write(b"a half")
     half_written = max(clips.glob("*.partial"), key=os.path.getsize)
     with open(half_written, "r+b") as file:
         # The middle is a clip that has been damaged, the end one that was cut off
