@@ -33,14 +33,14 @@ class Settings:
     name: str = "paper"  # the experiment whose best.pt is evaluated
     checkpoint: Path | None = None  # another checkpoint, instead of the experiment's best.pt
     data: Path = ROOT / "data"  # folder with the dump
-    other_data: bool = False  # score the dump although it is not the one that the checkpoint was trained on
+    other_data: bool = False  # score the dump even if the checkpoint was trained on another
     against: str = ""  # another experiment, to compare with instead of scoring
-    baseline: bool = True  # score a logistic regression on the mel bands' loudness too, which a network has to beat
+    baseline: bool = True  # also score a baseline, a logistic regression on mel-band loudness
 
     # scores
     resamples: number(int, 1, 10_000) = 1000  # of the bootstrap behind the 95% intervals
     seed: Seed = 1337  # of the bootstrap
-    batch_size: number(int, 1, 10_000) = 32  # clips at a time
+    batch_size: number(int, 1, 10_000) = 32  # clips per forward pass
     device: str = "auto"  # auto (CUDA, else Apple's mps, else cpu), or one of them by name, such as cuda:1
     precision: Literal["checkpoint", "float32", "bfloat16", "float64"] = "checkpoint"  # the one it was trained in
 
@@ -48,13 +48,13 @@ class Settings:
     tag: tuple[Path, ...] | None = None  # audio files and folders of them to tag, instead of scoring
     top: Count = 5  # how many tags to print for each file
     json: bool = False  # print one JSON object, file -> tag -> probability
-    taggram: bool = False  # draw each file's spectrogram and tags over time, beside the checkpoint
-    csv: Path | None = None  # write a table instead, a row for each file as it is done; resumes
+    taggram: bool = False  # draw each file's spectrogram and its tags over time, beside the checkpoint
+    csv: Path | None = None  # write a table instead, one row per file as it is tagged; resumes
 
 
 EVALUATED = ("validation", "test")  # parts of the split
 ENOUGH_CLIPS = 30  # to score those that share no track with training
-WORTH_A_LISTEN = 10  # clips of each tag, in each direction
+WORTH_A_LISTEN = 10  # clips per tag in each direction
 
 
 def main():
@@ -80,15 +80,15 @@ def main():
     }
     for part, probabilities in predicted.items():
         results[part] = score_part(ours, ours.rows[part], probabilities, baseline)
-    print_results(results, ours.checkpoint)  # first: no full disk can lose them
+    print_results(results, ours.checkpoint)  # before writing: a full disk must not lose them
     write_results(ours, results, predicted)
 
 
 class Evaluation:
     """A checkpoint and the dump to score it on; `rows` are the dump's rows of each part of the checkpoint's split.
 
-    `labels` (clips, tags) are those of the checkpoint's tags, `groups` (clips,) what the bootstrap draws, `info` the
-    clips' origins if there is a table of them. Raises InputError if the two do not go together.
+    `labels` (clips, tags) are those of the checkpoint's tags, `groups` (clips,) the units that the bootstrap
+    draws, `info` the clips' origins if there is a table of them. Raises InputError if dump and checkpoint don't match.
     """
 
     def __init__(self, settings, path):
@@ -99,13 +99,13 @@ class Evaluation:
         self.info = clip_info_of(settings.data, self.dump.ids) if has_info else None
         self.groups = np.array([str(clip.track) for clip in self.info]) if has_info else self.dump.ids
         self.intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if has_info else 'clips'}"
-        self.net, self.precision = load_network(self.checkpoint, self.device, settings.precision)
 
     def predict(self, rows):
         """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
-        loader = Loader(self.dump, self.labels, self.checkpoint["normalization"], self.device, self.precision)
+        net, precision = load_network(self.checkpoint, self.device, self.settings.precision)
+        loader = Loader(self.dump, self.labels, self.checkpoint["normalization"], self.device, precision)
         with remedy_for_full_gpu(self.device):
-            return predict(self.net, loader, rows, self.settings.batch_size)
+            return predict(net, loader, rows, self.settings.batch_size)
 
     def scores(self, rows, probabilities):
         """Return the lib.scores.Scores of predictions for the dump's `rows`."""
@@ -116,11 +116,11 @@ class Evaluation:
 def clips_of(checkpoint, dump, other_data):
     """Return (labels, rows): the dump's labels for the checkpoint's tags, and its rows of each part of the split.
 
-    Raises InputError if the dump lacks one of the clips or tags, or was made with another front end; and, unless
-    `other_data`, if it is not the one that the checkpoint was trained on.
+    Raises InputError if the dump lacks one of the clips or tags, or was made with a different front end; and, unless
+    `other_data`, if the checkpoint was trained on another dump.
     """
     if checkpoint["front_end"] != dump.front_end:
-        raise InputError(f"{dump.data}: spectrograms of another front end than the checkpoint's; remake them")
+        raise InputError(f"{dump.data}: made with a different front end from the checkpoint's; remake the spectrograms")
     merge = checkpoint["hyperparameters"].get("merge_tags", True)
     labels, names = select_tags(dump.labels, dump.tag_names, len(dump.tag_names), merge)
     missing = [name for name in checkpoint["tag_names"] if name not in names]
@@ -137,7 +137,7 @@ def clips_of(checkpoint, dump, other_data):
 
 
 def score_part(evaluation, rows, probabilities, baseline):
-    """Return the scores of predictions for the dump's `rows`, and of the baseline's for all, as in results.json."""
+    """Return the scores of predictions for the dump's `rows`, as in results.json; `baseline` has those for all rows."""
     labels, tag_names = evaluation.labels[rows], evaluation.checkpoint["tag_names"]
     ours = evaluation.scores(rows, probabilities)
     result = {
@@ -167,7 +167,7 @@ def per_tag_rows(tag_names, labels, found):
 
 
 def leakage(evaluation, rows, probabilities):
-    """Return the shares of `rows` whose track, album and artist are in training too, and the score on other tracks."""
+    """Return the shares of `rows` whose track, album or artist is also in training, and the score on other tracks."""
     shared = {}
     for kind in ("track", "album", "artist"):
         origins = [getattr(clip, kind) for clip in evaluation.info]
@@ -199,7 +199,7 @@ def write_results(evaluation, results, predicted):
 
 
 def worth_a_listen(clips, tag_names, labels, probabilities):
-    """Yield a table of the clips on which annotators and network disagree most about each tag, in both directions."""
+    """Yield a table of the clips on which annotators and network disagree most, per tag and direction."""
     yield "tag", "annotators", "network", "clip_id", "mp3_path"
     for name, label, values in zip(tag_names, labels.T, probabilities.T):
         for annotated in (0, 1):
@@ -225,7 +225,7 @@ def print_results(results, checkpoint):
     print(f"\nbrackets: {results['intervals']}")
     print(scores.compare_with_paper(checkpoint))
     if results["other_data"]:
-        print(f"note: {results['data']} is not the dump that the checkpoint was trained on (--other-data)")
+        print(f"note: {results['data']} is not the checkpoint's dump (--other-data)")
 
 
 def bracketed(row, score):
@@ -261,17 +261,17 @@ def print_part(part, result):
 
 
 def compare(ours, theirs):
-    """Print, write and draw how one Evaluation differs from another, that of --against, on the test clips of both.
+    """Print, write and draw how Evaluation `ours` differs from `theirs`, that of --against, on the test clips of both.
 
-    Raises InputError if one checkpoint has seen test clips of the other, they share none, or their tags differ.
+    Raises InputError if one checkpoint has seen test clips of the other, if they share none, or if their tags differ.
     """
     name, against = str(ours.settings.checkpoint or ours.settings.name), ours.settings.against
     one, other, rows = ours.checkpoint, theirs.checkpoint, np.intersect1d(ours.rows["test"], theirs.rows["test"])
     if n_seen := n_test_clips_seen(one, other) + n_test_clips_seen(other, one):
         seen = f"{n_seen:,} test clips of one were used to train or select the other"
         raise InputError(f"{name}, {against}: {seen}; use one split for both")
-    if not len(rows) or one["tag_names"] != other["tag_names"]:
-        raise InputError(f"{name}, {against}: have no test clips in common, or other tags")
+    if not len(rows) or one["tag_names"] != other["tag_names"] or np.any(ours.labels != theirs.labels):
+        raise InputError(f"{name}, {against}: have no test clips in common, or different tags")
     ours.dump.verify(rows)
     difference = ours.scores(rows, ours.predict(rows)).minus(theirs.scores(rows, theirs.predict(rows)))
     result = {
@@ -304,4 +304,4 @@ def print_comparison(result):
 
 
 if __name__ == "__main__":
-    run(main, "the same command starts again")
+    run(main, "the same command starts over")

@@ -31,8 +31,8 @@ from tags import annotations_file, read_annotations
 class Settings:
     data: Path = ROOT / "data"  # folder with the annotations and the audio; the dump is written there
     n_chunks: number(int, 1, 256) = 8  # files that the dump is divided into, and worker processes
-    chunks: tuple[int, ...] = ()  # make only these (several machines, a job array); none: all
-    overwrite: bool = False  # delete the dump in the folder and start over
+    chunks: tuple[int, ...] = ()  # make only these files, to divide the work; default: all
+    overwrite: bool = False  # delete the folder's dump and start over
 
 
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
@@ -61,7 +61,7 @@ def main():
 
 
 def plan_dump(table, annotations, n_chunks):
-    """Return what a dump is made from; dumps that differ in any of it are never mixed."""
+    """Return what a dump is made from; two dumps that differ in any of it are never mixed."""
     sha256 = hashlib.sha256(table.read_bytes()).hexdigest()
     n_clips = len(annotations.ids)
     return {"annotations_sha256": sha256, "n_clips": n_clips, "n_chunks": n_chunks, "front_end": FRONT_END}
@@ -88,9 +88,11 @@ def manifest_of(data, plan):
 def make_chunks(chunks, plan, mp3_paths):
     """Make each of `chunks` in a process of its own, showing a progress bar. `mp3_paths` are those of all clips.
 
-    The first failure ends them all: an exception of a worker is raised here. Raises InputError if one was killed.
+    The first exception of a worker ends all of them and is raised here. Raises InputError if a worker was killed.
     """
-    log_mel(resample(np.zeros(9, np.float32), 2 * SAMPLE_RATE))  # imports, once, all that the forked workers need
+    log_mel(
+        resample(np.zeros(9, np.float32), 2 * SAMPLE_RATE)
+    )  # so that what the workers need is imported once, before they fork
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
@@ -115,9 +117,9 @@ def make_chunks(chunks, plan, mp3_paths):
 
 def make_chunk(chunk, plan, mp3_paths, failures):
     """Worker process: make one chunk, from its first missing clip."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends the workers
     keep_freed_memory()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the mp3 decoder comments on every damaged frame
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the mp3 decoder warns about every damaged frame
     try:
         with naming(chunk.path), lock(chunk.path):
             if chunk.is_complete() or manifest_of(chunk.path.parent, plan)["complete"]:
@@ -128,7 +130,7 @@ def make_chunk(chunk, plan, mp3_paths, failures):
                     return  # the parent process was killed
             chunk.finish()
     except Exception as error:
-        error.add_note(traceback.format_exc())  # for the parent, which gets the error without its traceback
+        error.add_note(traceback.format_exc())  # the parent gets the error without its traceback
         failures.put(error)
 
 

@@ -4,12 +4,12 @@ The clips come as one zip (3 GB, 25,863 clips), which some hosts have whole and 
 clips' origin come as two tables. After an interruption, the same command resumes.
 """
 
-import dataclasses
 import os
 import re
 import shlex
 import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -36,7 +36,7 @@ ANNOTATIONS, CLIP_INFO, ARCHIVE = "annotations_final.csv", "clip_info_final.csv"
 UNPACKED = "unpacked.txt"  # "bytes name" of each clip and, last, the MD5 of the archive
 
 
-@dataclasses.dataclass
+@dataclass(frozen=True)
 class Settings:
     data: Path = ROOT / "data"  # folder for all files; those put there by hand are used if their MD5 is right
     hosts: tuple[str, ...] = HOSTS  # addresses of folders with both tables and mp3.zip, whole or in parts
@@ -139,7 +139,7 @@ def clips_in(path):
             members = [member for member in archive.infolist() if not member.is_dir()]
             for member in progress(members, "unpacking", unit="clip"):
                 if not re.fullmatch(r"[0-9a-f]/[^/]+\.mp3", member.filename):
-                    raise InputError(f"{member.filename!r} is no clip of MagnaTagATune")
+                    raise InputError(f"{member.filename!r} is not a clip of MagnaTagATune")
                 yield member.filename, archive.read(member)
     except Exception as error:  # zipfile raises errors of many kinds
         raise InputError(f"{path}: damaged archive ({reason(error)}); fetch it from elsewhere") from error

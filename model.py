@@ -18,7 +18,7 @@ N_FEATURES = 70 * (N_MELS // 16) * (N_FRAMES // 64)  # channels x mels x frames 
 def build_network(n_tags):
     """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
 
-    Every script builds it here. Its last layer, which --start-from replaces for other tags, has to be called `head`.
+    Every script builds it here. Its last layer must be called `head`: --start-from replaces it if the tags differ.
     """
     return MultiScaleCNN(n_tags)
 
@@ -64,10 +64,10 @@ class MultiScaleCNN(nn.Module):
 
 
 class ConvPool(nn.Sequential):
-    """Convolution of stride 1 and zero padding k//2, max-pooling that floors, ReLU.
+    """Convolution of stride 1 and zero padding k//2, max-pooling that drops incomplete windows, ReLU.
 
-    The original applies the ReLU before the pooling. Both are monotone, so the order makes no difference to the
-    result, but after the pooling there are fewer values to apply it to.
+    The original applies the ReLU before the pooling. Both are monotone, so the result is the same, but after the
+    pooling fewer values remain to apply it to.
     """
 
     def __init__(self, channels_in, channels_out, kernel, pool=None):
@@ -141,16 +141,16 @@ class BatchDropout(nn.Module):
             return features
         mask = self.draw_mask(features.shape[1]).to(features.dtype)
         mask = mask.pin_memory() if features.is_cuda else mask  # from other memory, the copy would wait for the GPU
-        return features * mask.to(features.device, non_blocking=True)
+        return features * mask.to(features.device, non_blocking=features.is_cuda)
 
 
 @torch.no_grad()
 def initialize(net, rng):
     """Draw the original's initial weights for `net` from `rng`, a numpy.random.RandomState.
 
-    Glorot normal, layer by layer from the first branch to the head; the head's are four times as wide; biases are 0.
-    Theano flips its filters and stores fully connected weights as (in, out), so each draw is turned round to give the
-    same function in PyTorch. The float64 draws are rounded to the precision that `net` has.
+    Glorot normal, layer by layer from the first branch to the head, whose weights have four times the standard
+    deviation; biases are 0. Theano flips its filters and stores fully connected weights as (in, out), so each draw is
+    flipped or transposed to give the same function in PyTorch. The float64 draws are rounded to the precision of `net`.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -162,7 +162,8 @@ def initialize(net, rng):
         if layer is net.head:
             weights = 4 * weights
         layer.weight.copy_(torch.from_numpy(weights.copy()))
-        layer.bias.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def _glorot_normal(rng, shape):

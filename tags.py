@@ -85,7 +85,7 @@ def read_annotations(path):
     """Read a table in MagnaTagATune's format: tab separated, `clip_id`, one column per tag, `mp3_path`.
 
     Quotes and a byte-order mark are optional, and lines may end in LF or CR LF. Raises InputError with the line number
-    of a row with other columns than the header, a value other than 0 or 1, or a clip id that is no integer or repeated.
+    of a row with the wrong number of columns, a value other than 0 or 1, or a repeated or non-integer clip id.
     """
     header, rows = _read_table(path)
     tag_names, labels = header[1:-1], np.zeros((len(rows), len(header) - 2), np.uint8)
@@ -135,16 +135,16 @@ def _read_table(path):
             lines = [(reader.line_num, fields) for fields in reader if fields]
     except FileNotFoundError:
         either = f"{path}, or annotations_final.csv" if path.name == "tags.csv" else path
-        raise InputError(f"{either}: not there; get_data.py fetches it, --data names another folder") from None
+        raise InputError(f"{either}: not found; run get_data.py, or name another folder with --data") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); replace it") from error
     if len(lines) < 2:
-        raise InputError(f"{path}: no clips in it")
+        raise InputError(f"{path}: contains no clips")
     (_, header), *lines = lines
     if len(header) < 3 or header[0] != "clip_id" or header[-1] != "mp3_path":
         raise InputError(f"{path}, line 1: no header; it must begin with clip_id and end with mp3_path")
     if wrong := {name for name in header if not name or header.count(name) > 1}:
-        raise InputError(f"{path}, line 1: every column needs a name of its own ({', '.join(map(repr, wrong))})")
+        raise InputError(f"{path}, line 1: every column needs a unique name ({', '.join(map(repr, wrong))})")
     rows = {}
     for line, fields in lines:
         if len(fields) != len(header):
@@ -153,7 +153,7 @@ def _read_table(path):
         if not (clip.isascii() and clip.isdecimal() and len(clip) <= 18):  # 18 digits always fit an int64
             raise InputError(f"{path}, line {line}: clip_id is {clip!r}; it must be an integer, 0 or more")
         if int(clip) in rows:
-            raise InputError(f"{path}, line {line}: clip {clip} is there already, on line {rows[int(clip)][0]}")
+            raise InputError(f"{path}, line {line}: clip {clip} already appears on line {rows[int(clip)][0]}")
         rows[int(clip)] = line, fields
     return header, rows
 
@@ -173,7 +173,7 @@ def merge_synonyms(labels, tag_names):
 
 
 def top_tags(labels, tag_names, n_tags):
-    """Return (labels, tag_names) of the `n_tags` tags with most positives over all clips, in falling order.
+    """Return (labels, tag_names) of the `n_tags` tags with the most positives over all clips, in descending order.
 
     Equal counts keep the order of their columns. Fewer tags than `n_tags`: all of them.
     """

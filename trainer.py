@@ -34,33 +34,33 @@ class Settings:
     data: Path = ROOT / "data"  # folder with the dump that gen_spectrograms.py made
     experiments: Path = ROOT / "experiments"  # folder of all experiments
     name: str = "paper"  # this experiment's folder in it
-    resume: bool = False  # continue from last.pt (or begin, if there is none)
+    resume: bool = False  # continue from last.pt; without one, begin
     overwrite: bool = False  # replace an existing experiment
-    start_from: Path | None = None  # a checkpoint to fine-tune: begin with its weights and normalisation
+    start_from: Path | None = None  # a checkpoint to fine-tune: its weights and normalisation
 
     # tags and clips
     n_tags: Count = 50  # the most frequent over all clips
     merge_tags: bool = True  # merge synonyms first; other papers that use the folder split do not
     split: Literal["random", "folder", "artist"] = "random"  # random is the paper's; README.md compares them
-    train_size: Count = 18000  # clips, for the random and artist splits; the rest is for the test
-    validation_size: Count = 2000  # clips
-    normalize_on: Literal["all", "train"] = "all"  # clips whose mean and deviation normalise each mel band
+    train_size: Count = 18000  # clips, in the random and artist splits
+    validation_size: Count = 2000  # clips; what training and validation leave is the test set
+    normalize_on: Literal["all", "train"] = "all"  # clips whose mean and standard deviation normalise each mel band
 
     # optimisation
     learning_rate: number(float, 1e-12, 10) = 0.001  # Adam's, with betas 0.9 and 0.999 and epsilon 1e-8
-    drop_after: tuple[Count, ...] = (20, 30, 35)  # epochs after which it is divided by ten
+    drop_after: tuple[Count, ...] = (20, 30, 35)  # divide the learning rate by ten after each of these epochs
     epochs: number(int, 0) = 40  # passes over the training clips
-    batch_size: Count = 32  # clips a step
-    super_batch_size: Count = 3000  # clips; batches never cross its end, so its last one is smaller
-    seed: Seed = 1337  # of weights, split and order (NumPy), and of dropout (PyTorch)
+    batch_size: Count = 32  # clips per step
+    super_batch_size: Count = 3000  # clips; no batch spans two, so the last batch of each may be smaller
+    seed: Seed = 1337  # of weights, split and order of clips (NumPy), and of dropout (PyTorch)
 
     # machine
     device: str = "auto"  # auto (CUDA, else Apple's mps, else cpu), or one of them by name, such as cuda:1
     precision: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: mixed with float32; float64: for tests
-    tf32: bool = True  # in float32 on CUDA, let matrix products round their inputs to TF32
+    tf32: bool = True  # in float32 on CUDA, round the inputs of matrix products to TF32
 
 
-STEPS_PER_READING = 100  # of the loss, on a GPU, which has to finish its work for each
+STEPS_PER_READING = 100  # steps between readings of the loss on a GPU; each waits for the GPU
 
 
 def main():
@@ -73,11 +73,12 @@ def main():
 
 def train(settings, dump, device, folder, last=None):
     """Run the experiment, or what is left of it after the checkpoint `last`, and print its scores."""
-    # ====== data and network: one generator draws weights, split and order, in this order ======
+    # ====== data and network: one generator draws the weights, then the split, then the clips' order ======
     torch.manual_seed(settings.seed)
     rng = np.random.RandomState(settings.seed)
     labels, tag_names = select_tags(dump.labels, dump.tag_names, settings.n_tags, settings.merge_tags)
-    net = build_network(len(tag_names)).to(prepare_device(device, settings.precision, settings.tf32))
+    dtype = prepare_device(device, settings.precision, settings.tf32)
+    net = build_network(len(tag_names)).to(dtype)
     initialize(net, rng)
     parts = divide_clips(settings, dump, rng)
 
@@ -85,21 +86,21 @@ def train(settings, dump, device, folder, last=None):
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=True)
 
-    # ====== what a checkpoint holds; last.pt has a "continuation" besides, see resume_state ======
+    # ====== what a checkpoint holds; last.pt also has a "continuation", see resume_state ======
     checkpoint = {
-        "weights": net.state_dict(),  # the network's own tensors, so always the current ones
+        "weights": net.state_dict(),  # the network's own tensors: always the current ones
         "tag_names": tag_names,  # in the order of the outputs
-        "normalization": None,  # "mean" and "std" of each mel band, (128,) float32 each: computed below
+        "normalization": None,  # "mean" and "std" per mel band, (128,) float32 each: see below
         "front_end": dump.front_end,  # what the spectrograms were made with (lib.audio.FRONT_END)
         "hyperparameters": hyperparameters(settings),
         "clip_ids": {part: torch.from_numpy(np.sort(dump.ids[rows])) for part, rows in parts.items()},  # int64
-        "history": last["history"] if last else [],  # a dict for each epoch so far; epoch 0 is before training
+        "history": last["history"] if last else [],  # one dict per epoch so far; epoch 0 is before training
         "dump": dump.fingerprint,
         "synthetic": dump.synthetic,  # trained on the demo
     }
     history = checkpoint["history"]
 
-    # ====== resume, or start from another experiment's weights ======
+    # ====== resume, or start from another checkpoint's weights ======
     source = last
     if last:
         require_same_clips(last, checkpoint, settings.data)
@@ -118,7 +119,7 @@ def train(settings, dump, device, folder, last=None):
 
     # ====== epochs ======
     if last and rank() == 0:
-        write_outputs(folder, last, is_last=True)  # a kill may have come between last.pt and these
+        write_outputs(folder, last, is_last=True)  # the last run may have been killed before it wrote these
     for epoch in range(len(history), settings.epochs + 1):
         learning_rate, loss = learning_rate_at(epoch, settings), None
         if epoch > 0:
@@ -151,7 +152,7 @@ def print_summary(settings, checkpoint, dump, net, device):
     n_tags, n_done = len(checkpoint["tag_names"]), len(checkpoint["history"][1:])
     train, validation, test = (f"{len(ids):,}" for ids in checkpoint["clip_ids"].values())
     fewer = f" (all there are; {settings.n_tags} were asked for)" if n_tags < settings.n_tags else ""
-    bad = f"; {dump.n_bad:,} are bad: all zeros, and used all the same, as in the original" if dump.n_bad else ""
+    bad = f"; {dump.n_bad:,} could not be decoded: used as zeros, as in the original" if dump.n_bad else ""
     tf32 = device.type == "cuda" and settings.precision == "float32" and settings.tf32
     print(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
     print(f"clips      {train} training, {validation} validation, {test} test{bad}")
@@ -159,23 +160,20 @@ def print_summary(settings, checkpoint, dump, net, device):
     print(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
     print(f"machine    {device}, {settings.precision}{' with TF32 matrix products' * tf32}, {world_size()} process(es)")
     print(f"schedule   {settings.epochs} epochs, learning rate {settings.learning_rate:g}")
-    instructions = getattr(torch.cpu, "get_capabilities", dict)()
-    if device.type == "cpu" and settings.precision == "float32" and instructions.get("avx512_bf16"):
-        print("note: this CPU computes in bfloat16 too: --precision bfloat16 takes about half the time")
     if n_done:
         print(f"resuming   after epoch {n_done}")
 
 
 def train_epoch(net, optimizer, loader, batches, epoch):
-    """Take a step on each batch, an array of rows; return the mean loss. Raises InputError if one is not finite."""
+    """Take a step on each batch, an array of rows; return the mean loss. Raises InputError if a loss is not finite."""
     net.train()
     losses, unread = [], []
-    n_unread = 1 if loader.device.type == "cpu" else STEPS_PER_READING
+    steps_per_reading = 1 if loader.device.type == "cpu" else STEPS_PER_READING
     shares = loader.batches([share_of_batch(rows) for rows in batches])
     bar = progress(shares, f"epoch {epoch}", len(batches), unit="step", leave=False, disable=True if rank() else None)
     for step, (rows, (spectrograms, targets)) in enumerate(zip(batches, bar), start=1):
         unread.append(training_step(net, optimizer, spectrograms, targets, len(rows), loader.precision))
-        if len(unread) == n_unread or step == len(batches):
+        if len(unread) == steps_per_reading or step == len(batches):
             losses += all_reduce(torch.stack(unread)).tolist()
             unread = []
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
@@ -203,7 +201,7 @@ def validate(net, loader, labels, rows, settings):
 
 
 def learning_rate_at(epoch, settings):
-    """Return the learning rate of an epoch, counted from 1."""
+    """Return the learning rate of an epoch; the first is 1."""
     return settings.learning_rate / 10 ** sum(epoch > drop for drop in settings.drop_after)
 
 

@@ -23,7 +23,7 @@ FRONT_END = {
 }
 SAMPLE_RATE, N_FFT, HOP_LENGTH = FRONT_END["sample_rate"], FRONT_END["n_fft"], FRONT_END["hop_length"]
 CLIP_SAMPLES = (N_FRAMES - 1) * HOP_LENGTH  # the fewest that give 628 centred frames: 321,024, 29.1 s
-CLIP_SECONDS_READ = CLIP_SAMPLES // SAMPLE_RATE + 2  # of a longer file: more than frames and resampler reach
+CLIP_SECONDS_READ = CLIP_SAMPLES // SAMPLE_RATE + 2  # of a longer file: more than the frames and the resampler need
 
 
 def log_mel_spectrogram(path):
@@ -58,10 +58,10 @@ def decode(path, seconds=None):
         raise InputError(error.strerror.lower()) from error
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:
-            # In one call: soundfile seeks between blocks, after which some mp3 files decode to other last bits
+            # In one call: between blocks soundfile seeks, after which some mp3 files decode to different last bits
             samples = file.read(-1 if seconds is None else int(seconds * file.samplerate), "float32", always_2d=True)
             return sum(samples.T) / np.float32(file.channels), file.samplerate  # five times as fast as samples.mean
-    except Exception as error:  # headerless formats ask for parameters; a decoder may want any amount of memory
+    except Exception as error:  # headerless formats need parameters; a decoder may ask for any amount of memory
         message = getattr(error, "error_string", reason(error)).rstrip(".").lower()
         if "does not exist" in message:  # libsndfile's words for an mp3 without a single frame
             message = "format not recognised"
@@ -71,18 +71,18 @@ def decode(path, seconds=None):
 def resample(samples, sample_rate):
     """Return mono `samples` at 11,025 Hz.
 
-    Raises InputError for no samples, for a sample rate of no recording, and if the result is not finite.
+    Raises InputError for no samples, for an implausible sample rate, and if the result is not finite.
     """
     import librosa
 
     if not len(samples):
-        raise InputError("no audio in it")
+        raise InputError("contains no audio")
     if not 100 <= sample_rate <= 1e6:
-        raise InputError(f"a sample rate of {sample_rate} Hz")
+        raise InputError(f"implausible sample rate ({sample_rate} Hz)")
     if np.isfinite(samples).all():
         samples = librosa.resample(samples, orig_sr=sample_rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
     if not np.isfinite(samples).all():  # loud samples can overflow in the resampler
-        raise InputError("samples that are not finite")
+        raise InputError("contains NaN or infinite samples")
     return samples
 
 

@@ -4,6 +4,7 @@ trainer.train has the literal that says what a checkpoint holds.
 """
 
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -33,20 +34,22 @@ def load_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
             if damaged := archive.testzip():
-                raise InputError(f"its part {damaged} has another checksum")
+                raise InputError(f"its part {damaged} has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = checkpoint["weights"]  # earlier versions called the head "top"
-        checkpoint["weights"] = {name.replace("top.", "head."): value for name, value in weights.items()}
+        weights = dict(checkpoint["weights"])  # without the metadata, in which assign=True, below, would remain
+        if "head.weight" not in weights:  # earlier versions called the head "top"
+            weights = {re.sub(r"^top\.", "head.", name): value for name, value in weights.items()}
+        checkpoint["weights"] = weights
         with torch.device("meta"):
-            build_network(len(checkpoint["tag_names"])).load_state_dict(checkpoint["weights"], assign=True)
+            build_network(len(checkpoint["tag_names"])).load_state_dict(weights, assign=True)
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
         fault = reason(error)[:100]
-        raise InputError(f"{path}: damaged, or not a checkpoint of trainer.py ({fault}); train again") from error
+        raise InputError(f"{path}: damaged, not trainer.py's, or of another model.py ({fault}); train again") from error
     return checkpoint
 
 
 def load_network(checkpoint, device, precision="checkpoint"):
-    """Return (network, precision) on `device`; a `precision` of "checkpoint" is the one that it was trained in."""
+    """Return (network on `device`, precision); "checkpoint" stands for the precision that it was trained in."""
     trained = checkpoint["hyperparameters"]
     if precision == "checkpoint":
         precision = trained.get("precision", "float32")
@@ -66,12 +69,12 @@ def n_test_clips_seen(checkpoint, other):
 def start_from(source, checkpoint, net):
     """Copy the weights of the checkpoint `source` into `net`, except the head's if the tags differ; say so.
 
-    Raises InputError if its spectrograms had another front end.
+    Raises InputError if it was trained on spectrograms of a different front end.
     """
     if source["front_end"] != checkpoint["front_end"]:
-        raise InputError("--start-from: that checkpoint was trained on spectrograms of another front end")
+        raise InputError("--start-from: that checkpoint's spectrograms were made with a different front end")
     if source["dump"] == checkpoint["dump"] and (n_seen := n_test_clips_seen(source, checkpoint)):
-        print(f"note: that checkpoint was trained or selected on {n_seen:,} of the test clips, whose score is too good")
+        print(f"note: that checkpoint has seen {n_seen:,} of the test clips: the test score will be too high")
     weights, same_tags = source["weights"], source["tag_names"] == checkpoint["tag_names"]
     if not same_tags:
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}

@@ -1,6 +1,6 @@
 """What every script needs: named types for settings, one-line errors, progress, whole files, locks.
 
-Scripts import it before the packages that take long to import, so that Ctrl-C is one line from then on.
+trainer.py and evaluate.py import it before the packages that take seconds, so that Ctrl-C is one line from then on.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_SECONDS = 3  # the last worker of a killed run may take a while to notice
-progress = functools.partial(tqdm, disable=None)  # shows nothing where the output is no terminal: logs stay readable
+progress = functools.partial(tqdm, disable=None)  # shows nothing if the output is not a terminal, so logs stay readable
 
 
 def number(kind, low, high=1e9):
     """Return the type of a setting that is an int or a float from `low` to `high`, both included."""
 
     def parse(words):
-        if not low <= (value := kind(words[0])) <= high:  # NaN is not either
+        if not low <= (value := kind(words[0])) <= high:  # also rejects NaN
             raise ValueError(f"must be in the range {low:g} to {high:g}")
         return value
 
@@ -40,7 +40,7 @@ Seed = number(int, 0, 2**32 - 1)  # those that numpy.random.RandomState takes
 
 
 class InputError(Exception):
-    """Something the person running the script can put right; the message names the file and the remedy."""
+    """Something that the user can put right; the message names the file and the remedy."""
 
 
 def run(main, to_continue="the same command resumes"):
@@ -69,22 +69,22 @@ def run(main, to_continue="the same command resumes"):
     sys.exit(status)
 
 
-def report_interrupt(kind, error, traceback):
-    """Print one line for a Ctrl-C outside `run`, as during the imports; leave other exceptions to Python."""
+def report_interrupt(previous, kind, error, traceback):
+    """Print one line for a Ctrl-C outside `run`, as during the imports; leave other exceptions to `previous`."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        previous(kind, error, traceback)
 
 
-sys.excepthook = report_interrupt
+sys.excepthook = functools.partial(report_interrupt, sys.excepthook)
 
 
 def keep_freed_memory():
     """Tell the C library to keep freed memory for the next arrays instead of returning it to the kernel.
 
-    A training step, or a spectrogram, frees and takes the same memory again; the kernel would clear its pages each
-    time, which costs as much as the arithmetic. Only glibc understands this; elsewhere nothing happens.
+    A training step, or a spectrogram, frees and allocates the same memory again; the kernel would zero its pages each
+    time, which costs as much as the arithmetic. Does nothing without glibc.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -95,11 +95,11 @@ def keep_freed_memory():
 
 
 def reason(error):
-    """Return an exception as one line for the person who runs the script."""
+    """Return an exception as one line for the user."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
-        return "too large for the memory"
+        return "not enough memory"
     first_line = next(iter(str(error).splitlines()), "")
     return first_line if isinstance(error, InputError) else f"{type(error).__name__}: {first_line}"
 

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from lib.common import InputError, naming, progress, reason
 
-CHUNK = 1 << 14  # bytes read and written at once; at most so many are lost when the script is killed
+CHUNK = 1 << 14  # bytes read and written at a time, and the most that a kill can lose
 WINDOW = 30  # seconds over which the rate is taken
-SLOWEST = 30_000  # bytes a second; a host that is slower for two windows gives way to one that is untried
-BREATH = 1  # seconds until a host is asked again whose connection has broken off early
-TIMEOUT = 30  # seconds without a byte after which a connection has failed
+SLOWEST = 30_000  # bytes a second; a host slower than this for two windows gives way to an untried one
+BREATH = 1  # seconds before a host is asked again after an early break
+TIMEOUT = 30  # seconds without a byte before a connection counts as failed
 ATTEMPTS = 10  # of all hosts for a piece; each lasts as long as the host delivers
-PAUSE, LONGEST_PAUSE = 1, 60  # seconds before the second attempt; it doubles, but only so far
+PAUSE, LONGEST_PAUSE = 1, 60  # seconds before the second attempt; doubles up to the longest
 
 
 class Piece(NamedTuple):

@@ -143,15 +143,15 @@ def checksum_of(manifest):
 
 
 def hex_crc32(content, start=0):
-    """Return the CRC-32 of bytes, which may continue that of others, as eight hexadecimal digits."""
+    """Return the CRC-32 of bytes, continuing from `start`, as eight hexadecimal digits."""
     return f"{zlib.crc32(content, start):08x}"
 
 
 class Dump:
-    """A finished dump, memory-mapped: a Dataset of (128, 628) float32 spectrograms, with the tables of its clips.
+    """A complete dump, memory-mapped: a Dataset of (128, 628) float32 spectrograms, with the tables of its clips.
 
-    `fingerprint` is equal for two dumps of the same clips and tables; `n_bad` clips are all zeros. Raises InputError if
-    a file is missing, or a table damaged; `verify` compares the spectrograms with their checksums.
+    Two dumps of the same clips and tables have the same `fingerprint`. `n_bad` clips are all zeros. Raises InputError
+    if a file is missing or a table is damaged; `verify` compares the spectrograms with their checksums.
     """
 
     def __init__(self, data):
@@ -191,9 +191,9 @@ class Dump:
             )
 
     def verify(self, rows=None):
-        """Compare the spectrograms, or those of `rows`, with their checksums; return sums from the same pass.
+        """Compare the spectrograms, or those of `rows`, with their checksums. Raises InputError if a file is damaged.
 
-        Each clip's sums and sums of squares over frames: (2, clips, 128) float64. Raises InputError at a damaged file.
+        Returns, from the same pass, each clip's sums and sums of squares over frames: (2, clips, 128) float64.
         """
         rows = range(len(self)) if rows is None else rows
         has_checksums = "checksums.npy" in self.manifest["crc32"]

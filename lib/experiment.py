@@ -1,4 +1,4 @@
-"""An experiment's folder: held by one run, checked before that starts or resumes, and filled with its results."""
+"""An experiment's folder: locked by one run, checked before that starts or resumes, and filled with its results."""
 
 import contextlib
 import dataclasses
@@ -13,10 +13,10 @@ from lib.common import InputError, lock, whole_file, write_table
 from lib.parallel import rank, world_size
 
 MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}  # when a run resumes
-# What belongs to a checkpoint besides last.pt; the last six are evaluate.py's
+# What belongs to a checkpoint besides last.pt; those from results.json on are evaluate.py's
 OUTPUTS = "best.pt hyperparameters.json history.csv curves.png results.json per_tag.* correlations.png taggram_*.png"
 OUTPUTS += " predictions_*.csv worth_a_listen.csv comparison.*"
-SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, which short epochs would feel
+SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, too long after short epochs
 
 
 @contextlib.contextmanager
@@ -26,14 +26,14 @@ def claimed_folder(settings):
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "last.pt") if rank() == 0 else contextlib.nullcontext():
         if world_size() > 1:
-            dist.barrier()  # the other processes look into the folder once it is locked
+            dist.barrier()  # the other processes read the folder only once it is locked
         yield folder, saved_experiment(folder, settings)
 
 
 def saved_experiment(folder, settings):
     """Return the checkpoint to resume from, or None to begin.
 
-    Raises InputError where beginning would overwrite an experiment, or resuming would change it.
+    Raises InputError if that would overwrite an experiment, or resume one with other hyperparameters.
     """
     last, best = folder / "last.pt", folder / "best.pt"
     if settings.resume and settings.overwrite:
@@ -48,7 +48,9 @@ def saved_experiment(folder, settings):
     then, now = hyperparameters(type(settings)()) | saved["hyperparameters"], hyperparameters(settings)
     names = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
     if differing := [f"{name} ({then[name]} there, {now[name]} now)" for name in names]:
-        raise InputError(f"{last}: has other hyperparameters: {', '.join(differing)}; resume with the same")
+        raise InputError(
+            f"{last}: was trained with other hyperparameters: {', '.join(differing)}; resume with the same"
+        )
     if not best.exists() and not saved["history"][-1]["best"]:  # else write_outputs had no time to write it
         raise InputError(f"{best}: missing; --overwrite starts over")
     return saved
@@ -58,16 +60,16 @@ def require_same_clips(saved, checkpoint, data):
     """Raise InputError if `saved` was trained on another dump, or on other clips or tags of it."""
     same_clips = all(torch.equal(ids, saved["clip_ids"][part]) for part, ids in checkpoint["clip_ids"].items())
     if saved["dump"] != checkpoint["dump"] or saved["tag_names"] != checkpoint["tag_names"] or not same_clips:
-        raise InputError(f"{data}: not the dump that this experiment was begun on")
+        raise InputError(f"{data}: not the dump that this experiment was started on")
 
 
 def hyperparameters(settings):
-    """Return the settings as JSON and checkpoints hold them."""
+    """Return the settings in the form stored in JSON and in checkpoints."""
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
 def write_outputs(folder, checkpoint, is_last):
-    """Write what follows from last.pt; when an experiment begins, delete what an earlier one left in the folder."""
+    """Write the files derived from last.pt; at epoch 0, first delete those of an earlier experiment in the folder."""
     from lib.figures import training_curves  # matplotlib takes a while to import
 
     history, curves = checkpoint["history"], folder / "curves.png"

@@ -1,7 +1,7 @@
 """The project's pictures, as PNG files: training curves, the score of each tag, correlations of tags, a taggram.
 
 Each function writes one picture and returns its matplotlib Figure. The same data give the same bytes. Colours are
-Okabe and Ito's, or change in lightness, and nothing is told by colour alone.
+Okabe and Ito's, or change in lightness; no information relies on colour alone.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ def _picture(path, title, width, height, synthetic):
         figure.suptitle(textwrap.fill(f"{title} (synthetic demo data)" if synthetic else title, int(12 * width)))
         yield figure
         with whole_file(path) as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for letters that no font has
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing from font"
+            )  # letters that no font has are drawn as boxes
             figure.savefig(file, format="png", metadata={"Software": None})
 
 

@@ -26,22 +26,19 @@ def tag_files(settings, checkpoint_path):
         raise InputError("--tag: needs audio files, or folders of them, after it")
     if settings.csv and (settings.json or settings.taggram):
         raise InputError("--csv: writes a table and nothing else; leave out --json and --taggram")
-    # The decoders' C libraries comment on each damaged frame on file descriptor 2, which no longer is sys.stderr
+    # The decoders' C libraries comment on each damaged frame on file descriptor 2, which is no longer sys.stderr
     sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
-    if tagger.synthetic and not settings.json:
-        print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little")
+    if tagger.synthetic:
+        print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little", file=sys.stderr)
     files = audio_files(settings.tag)
+    if settings.csv:
+        return min(1, tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files))
     try:
-        if settings.csv:
-            n_errors = tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files)
-        else:
-            n_errors = print_tags(settings, tagger, checkpoint_path.parent, files)
+        return min(1, print_tags(settings, tagger, checkpoint_path.parent, files))
     except BrokenPipeError:  # the reader of the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    return 1 if n_errors else 0
 
 
 def tagged(tagger, files):

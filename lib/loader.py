@@ -3,21 +3,22 @@
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from lib.audio import N_FRAMES, N_MELS
-from lib.common import progress
+from lib.common import InputError, progress
 from lib.parallel import autocast
 
-THREADS = 2  # gather batches; one reaches 19,000 clips/s from mapped files in the file cache
-CLIPS_AHEAD = 512  # are read before they are needed: 160 MB
+THREADS = 2  # threads that gather batches; one alone reaches 19,000 clips/s from files in the page cache
+CLIPS_AHEAD = 512  # clips read in advance: 160 MB
 
 
 class Loader:
     """Normalised spectrograms and labels in batches, on the device.
 
-    Threads gather them from the mapped files, into pinned memory if they go to a CUDA GPU, up to CLIPS_AHEAD clips
-    before they are needed; so a GPU copies one batch while it computes on those before, and never waits for the host.
+    Threads gather them from the memory-mapped files up to CLIPS_AHEAD clips in advance, in pinned memory for a CUDA
+    GPU, which then copies a batch while it computes on earlier ones.
     """
 
     def __init__(self, dump, labels, normalization, device, precision):
@@ -25,14 +26,12 @@ class Loader:
         self.device, self.precision, self.pinned = device, precision, device.type == "cuda"
         self.labels = torch.from_numpy(labels).to(torch.float64 if precision == "float64" else torch.float32)
 
-    def batches(self, parts):
-        """Yield ((rows, 1, 128, 628) spectrograms, (rows, tags) labels) for each array of rows in `parts`."""
-        n_ahead = CLIPS_AHEAD // max(1, len(parts[0]))
-        for spectrograms, labels in load_ahead(self._gather, parts, n_ahead, THREADS):
-            spectrograms = spectrograms.to(
-                self.device, non_blocking=True
-            )  # first: with another dtype, this would block
-            yield spectrograms.to(getattr(torch, self.precision)), labels.to(self.device, non_blocking=True)
+    def batches(self, batches):
+        """Yield ((rows, 1, 128, 628) spectrograms, (rows, tags) labels) for each array of rows in `batches`."""
+        dtype = getattr(torch, self.precision)
+        for tensors in load_ahead(self._gather, batches, CLIPS_AHEAD // max(1, len(batches[0])), THREADS):
+            spectrograms, labels = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+            yield spectrograms.to(dtype), labels  # converted on the device: a copy that converts is never asynchronous
 
     def _gather(self, rows):
         spectrograms = torch.empty((len(rows), 1, N_MELS, N_FRAMES), pin_memory=self.pinned)
@@ -40,13 +39,13 @@ class Loader:
         return spectrograms, self.labels[rows].pin_memory() if self.pinned else self.labels[rows]
 
 
-def load_ahead(load, parts, n_ahead, n_threads):
-    """Yield load(part) for each part, in order; `n_threads` threads are up to `n_ahead` parts ahead of the caller."""
+def load_ahead(load, items, n_ahead, n_threads):
+    """Yield load(item) for each item, in order; `n_threads` threads work up to `n_ahead` items ahead of the caller."""
     pool = ThreadPoolExecutor(n_threads)
     try:
         loading = deque()
-        for part in parts:
-            loading.append(pool.submit(load, part))
+        for item in items:
+            loading.append(pool.submit(load, item))
             if len(loading) > n_ahead:
                 yield loading.popleft().result()
         while loading:
@@ -57,12 +56,15 @@ def load_ahead(load, parts, n_ahead, n_threads):
 
 @torch.no_grad()
 def predict(net, loader, rows, batch_size):
-    """Return the probabilities of the dump's `rows`: (rows, tags) float64."""
+    """Return the probabilities of the dump's `rows`: (rows, tags) float64. Raises InputError if one is not finite."""
     net.eval()
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    bar = progress(loader.batches(parts), "predicting", len(parts), unit="batch", delay=1, leave=False)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    bar = progress(loader.batches(batches), "predicting", len(batches), unit="batch", delay=1, leave=False)
     with autocast(loader.device, loader.precision):
-        return to_probabilities(torch.cat([net(spectrograms) for spectrograms, _ in bar]))
+        probabilities = to_probabilities(torch.cat([net(spectrograms) for spectrograms, _ in bar]))
+    if not np.isfinite(probabilities).all():
+        raise InputError("the network's outputs are not finite; train with a lower --learning-rate")
+    return probabilities
 
 
 def to_probabilities(logits):

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from joblib import cpu_count
 
-from lib.common import InputError, keep_freed_memory
+from lib.common import InputError, keep_freed_memory, reason
 
-COLLECTIVE_HOURS = 2  # timeout: the other processes wait while rank 0 verifies the whole dump, and validates
+COLLECTIVE_HOURS = 2  # timeout: the others wait while rank 0 verifies the dump, and validates
 
 
 def choose_device(name):
@@ -57,7 +57,7 @@ def remedy_for_full_gpu(device):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = "a smaller --batch-size or --precision bfloat16 needs less; --device cpu has more"
+        remedy = "a smaller --batch-size or --precision bfloat16 needs less; or use --device cpu"
         raise InputError(f"{device}: out of memory; {remedy}") from error
 
 
@@ -68,7 +68,10 @@ def joined_processes(device):
         yield
         return
     backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timedelta(hours=COLLECTIVE_HOURS), device_id=gpu)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=COLLECTIVE_HOURS), device_id=gpu)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"can't join the other processes ({reason(error)}); start them with torchrun") from error
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()
@@ -89,7 +92,7 @@ def rank():
 
 
 def share_of_batch(rows):
-    """Return this process's rows of a global batch: consecutive; their numbers differ by at most one."""
+    """Return this process's rows of a global batch: consecutive, and as many as the others', or one more or less."""
     return np.array_split(rows, world_size())[rank()]
 
 
@@ -104,7 +107,7 @@ def from_rank_0(compute):
 def all_reduce_gradients(net):
     """Replace each process's gradients by their sum over all processes, in one message."""
     if world_size() > 1:
-        gradients = [weights.grad for weights in net.parameters()]
+        gradients = [weights.grad for weights in net.parameters() if weights.grad is not None]
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total)
         for gradient, summed in zip(gradients, total.split([gradient.numel() for gradient in gradients])):

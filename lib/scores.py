@@ -83,8 +83,8 @@ class Scores(NamedTuple):
 def scores_of(labels, probabilities, groups, n_resamples, seed):
     """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups, drawn with replacement.
 
-    `groups` has the name or number of each clip's group. With clips of one track in one group, the resamples differ as
-    much as sets of other tracks would.
+    `groups` has the name or number of each clip's group. With one group per track, the resamples vary
+    as much as new samples of tracks would.
     """
     weights = resample_weights(groups, n_resamples, seed)
     of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, probabilities.T)]
@@ -127,7 +127,7 @@ def weighted_scores(label, scores, weights):
 
 
 def compare_with_paper(checkpoint):
-    """Return the line that puts the paper's figures beside ours, and says if they can be compared."""
+    """Return the line that puts the paper's figures beside ours, and says whether they can be compared."""
     figures = f"the paper: validation {PAPER['validation']:.3f}, test {PAPER['test']:.3f} (MagnaTagATune)"
     if checkpoint["synthetic"]:
         return f"{figures}; the scores above are on SYNTHETIC clips and say nothing about music"

@@ -19,14 +19,15 @@ class Tagger:
     """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, likeliest first.
 
     It can also be called with an array and its sample rate in Hz, as soundfile.read returns them: floating-point
-    numbers of full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's. Raises InputError
+    numbers of full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's, or
+    "checkpoint" for the one that it was trained in. Raises InputError
     for a checkpoint or audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
         checkpoint = load_checkpoint(checkpoint_path)
         if checkpoint["front_end"] != FRONT_END:
-            raise InputError(f"{checkpoint_path}: trained on spectrograms of another front end; train again")
+            raise InputError(f"{checkpoint_path}: trained on spectrograms of a different front end; train again")
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
         self.device = choose_device(device)
         self.net, self.precision = load_network(checkpoint, self.device, precision)
@@ -66,7 +67,7 @@ class Tagger:
 
 
 def windows(samples):
-    """Return clips of 29.1 s, as few as cover `samples`, at even distances, at 11,025 Hz.
+    """Return clips of 29.1 s, as few as cover `samples`, evenly spaced, at 11,025 Hz.
 
     More windows give the same tags: on eight recordings of 4 minutes, the mean over windows 2 s apart differed by
     0.0019 on average. A clip extends as far as the window of its last frame.
@@ -78,7 +79,7 @@ def windows(samples):
 
 
 def audio_files(paths):
-    """Return `paths` with each folder replaced by its audio files: those with the name of a format of libsndfile.
+    """Return `paths` with each folder replaced by its audio files: those whose extension libsndfile supports.
 
     A folder that can't be listed, or holds none, stays in the list and becomes an error like that of a file.
     """

@@ -258,7 +258,7 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     for data, checkpoint, message in (
         (fewer, good, "lacks 2 of the checkpoint's test clips"),
         (evaluated, changed["tags"], "has no tag harp"),
-        (evaluated, changed["front_end"], "another front end"),
+        (evaluated, changed["front_end"], "different front end"),
         (other, good, "not the dump that the checkpoint was trained on"),
     ):
         done = call_script("evaluate.py", "--device", "cpu", "--data", data, "--checkpoint", checkpoint, status=1)
@@ -266,7 +266,7 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     here = make_checkpoint(tmp_path / "best.pt")
     place = ["--data", other, "--checkpoint", here]
     done = call_script("evaluate.py", "--device", "cpu", *place, "--other-data", "--resamples", 9)
-    assert "not the dump that the checkpoint was trained on" in done.stdout
+    assert "is not the checkpoint's dump" in done.stdout
     assert json.loads((tmp_path / "results.json").read_text())["other_data"]
 
 
@@ -317,7 +317,7 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(tmp_path):
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: (damaged|not a checkpoint)") as error:
+        with pytest.raises(InputError, match=f"{name}: damaged") as error:
             load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value)
     assert "size mismatch" in str(error.value) or "state_dict" in str(error.value)

@@ -77,6 +77,12 @@ def test_an_error_of_all_processes_is_printed_once(small, tmp_path):
     assert "spectrograms_1.npy: missing, damaged" in pair.stderr and 'trainer.py", line' not in pair.stderr
 
 
+def test_a_process_that_torchrun_did_not_start_is_told(small, call_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = call_script("trainer.py", "--data", small, "--experiments", tmp_path, "--device", "cpu", status=1).stderr
+    assert "start them with torchrun" in error and error.count("\n") == 1
+
+
 def test_one_process_of_several_does_not_evaluate(call_script, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     error = call_script("evaluate.py", "--experiments", tmp_path, status=1).stderr

@@ -152,8 +152,8 @@ BAD = {  # what is in the file, the clip's outcome, a part of the reason
     "missing.mp3": (None, "zero", "no such file"),
     "text.mp3": (b"<html>404</html>" * 100, "zero", "can't be decoded"),
     "cut.flac": (None, "zero", "can't be decoded"),
-    "overflows_in_the_resampler.wav": (np.resize([3.4e38, -3.4e38, -3.4e38], 16000 * 30), "zero", "not finite"),
-    "no_samples.wav": (np.empty(0), "zero", "no audio"),
+    "overflows_in_the_resampler.wav": (np.resize([3.4e38, -3.4e38, -3.4e38], 16000 * 30), "zero", "NaN or infinite"),
+    "no_samples.wav": (np.empty(0), "zero", "contains no audio"),
     "half_second.wav": (tone(16000, 0.5), "padded", "0.50 s long"),
 }
 

@@ -41,13 +41,13 @@ def test_quotes_line_ends_and_a_byte_order_mark_are_optional(tmp_path):
     [
         (TABLE.replace('"1"\t"0"\t"a/7', '"0"\t"a/7'), "line 2: 4 columns, but the header has 5"),
         (TABLE.replace('"0"\t"0"\t"1"', '"0"\t"0"\t"2"'), "line 3: 'guitars' is '2'"),
-        (TABLE.replace('"3"', '"7"'), "line 3: clip 7 is there already, on line 2"),
+        (TABLE.replace('"3"', '"7"'), "line 3: clip 7 already appears on line 2"),
         (TABLE.replace('"3"', '"x"'), "line 3: clip_id is 'x'"),
         (TABLE.replace('"b/3.mp3"', '""'), "line 3: clip 3 has no mp3_path"),
         (TABLE.split("\r\n", 1)[1], "line 1: no header"),
-        (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a name of its own ('guitar')"),
+        (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a unique name ('guitar')"),
         (TABLE.encode() + b'"\xff\xfe"', "not a tab-separated text table"),
-        ("", "no clips in it"),
+        ("", "contains no clips"),
     ],
 )
 def test_names_the_line_of_what_is_wrong(tmp_path, text, said):
@@ -114,4 +114,4 @@ def test_the_script_prints_the_tags(run_script, tmp_path):
     written(tmp_path, TABLE)
     assert "2 clips, 3 tags" in run_script("tags.py", "--data", tmp_path).stdout
     error = run_script("tags.py", "--data", tmp_path / "nowhere", status=1).stderr
-    assert "nowhere/tags.csv, or annotations_final.csv: not there" in error and error.count("\n") == 1
+    assert "nowhere/tags.csv, or annotations_final.csv: not found" in error and error.count("\n") == 1

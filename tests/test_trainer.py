@@ -190,11 +190,44 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     assert same_checkpoint(same["normalization"], started["normalization"])
     assert same["hyperparameters"]["start_from"] == str(best)
     done = call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout  # whose split differs too
-    assert "a fresh last layer" in done and "trained or selected on 3 of the test clips" in done
+    assert "a fresh last layer" in done and "has seen 3 of the test clips" in done
     other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
     assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["head.bias"]) == 2
     os.unlink(best)
     assert "epoch   1" in call_script("trainer.py", *arguments, "same", "--resume", "--epochs", 1).stdout
+
+
+class OtherNetwork(torch.nn.Module):
+    """What the README allows, with what could be in the way: no bias, weights without a gradient, a layer `top`."""
+
+    def __init__(self, n_tags):
+        super().__init__()
+        self.top = torch.nn.Conv2d(1, 4, (128, 9), stride=8, bias=False)
+        self.norm, self.unused = torch.nn.BatchNorm2d(4), torch.nn.Parameter(torch.zeros(3))
+        self.head = torch.nn.Linear(4, n_tags)
+
+    def forward(self, spectrograms):
+        return self.head(self.norm(self.top(spectrograms)).amax(dim=(2, 3)))
+
+
+def test_another_network_takes_one_function(small, tmp_path, call_script, monkeypatch):
+    for module in ("trainer", "lib.checkpoint"):
+        monkeypatch.setattr(f"{module}.build_network", OtherNetwork)
+    place = "--data", small, "--experiments", tmp_path
+    call_script("trainer.py", *place, *TINY, "--epochs", 1)
+    assert "epoch   2" in call_script("trainer.py", *place, *TINY, "--resume", "--epochs", 2).stdout
+    weights = load_checkpoint(tmp_path / "paper/last.pt")["weights"]
+    assert weights.keys() == OtherNetwork(3).state_dict().keys() and not weights["unused"].any()
+    assert "test, 9 clips" in call_script("evaluate.py", *place, "--device", "cpu", "--resamples", 9).stdout
+    monkeypatch.undo()
+    error = call_script("evaluate.py", *place, "--device", "cpu", status=1).stderr
+    assert "or of another model.py" in error and error.count("\n") == 1
+
+
+def test_outputs_that_are_not_finite_are_one_line(small, tmp_path, call_script, monkeypatch):
+    monkeypatch.setattr("trainer.initialize", lambda net, rng: net.head.bias.data.fill_(torch.nan))
+    error = call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, status=1).stderr
+    assert "outputs are not finite" in error and error.count("\n") == 1
 
 
 def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path, call_script):
