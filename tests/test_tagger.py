@@ -144,7 +144,7 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     synthetic, note = (line for line in lines if line.startswith("note: "))
     assert "SYNTHETIC" in synthetic
     assert re.fullmatch(rf"note: {tmp_path}/cut.mp3: only the first (9|10)\.\d s of 20.0 s could be read", note)
-    errors = [line for line in lines if not line.startswith("note: ")]  # and no comments of the decoder's on the damaged file
+    errors = [line for line in lines if not line.startswith("note: ")]  # none of the decoder's
     assert len(errors) == len(bad) and all(any(f"error: {path}: " in line for line in errors) for path in bad)
     for picture in ("cut.mp3", "01.ogg", "CD2_01.ogg", "low \udce9.wav"):
         assert (tmp_path / f"taggram_{picture}.png").read_bytes().startswith(b"\x89PNG")
