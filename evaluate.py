@@ -20,7 +20,7 @@ from lib.checkpoint import load_checkpoint, load_network, n_test_clips_seen
 from lib.dump import Dump
 from lib.library import tag_files
 from lib.loader import Loader, predict
-from lib.parallel import choose_device, remedy_for_full_gpu, started_with_others
+from lib.parallel import choose_device, started_with_others
 from lib.scores import format_score
 from lib.tagger import Tagger  # noqa: F401 - re-exported
 from tags import clip_info_of, select_tags
@@ -104,8 +104,7 @@ class Evaluation:
         """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
         net, precision = load_network(self.checkpoint, self.device, self.settings.precision)
         loader = Loader(self.dump, self.labels, self.checkpoint["normalization"], self.device, precision)
-        with remedy_for_full_gpu(self.device):
-            return predict(net, loader, rows, self.settings.batch_size)
+        return predict(net, loader, rows, self.settings.batch_size)
 
     def scores(self, rows, probabilities):
         """Return the lib.scores.Scores of predictions for the dump's `rows`."""

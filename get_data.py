@@ -24,15 +24,15 @@ HOSTS = (
     "https://mirg.city.ac.uk/datasets/magnatagatune/",
     "http://mi.soi.city.ac.uk/datasets/magnatagatune/",
 )
-MD5SUMS = """
-f04fa01752a8cc64f6e1ca142a0fef1d   21517373 annotations_final.csv
-03ef3cb8ddcfe53fdcdb8e0cda005be2    8608397 clip_info_final.csv
-f12add0eb4cd6c2a3ab7e4afaf7b7467 2972769864 mp3.zip
-179c91c8c2a6e9b3da3d4e69d306fd3b 1100000000 mp3.zip.001
-acf8265ff2e35c6ff22210e46457a824 1100000000 mp3.zip.002
-582dc649cabb8cd991f09e14b99349a5  772769864 mp3.zip.003
-"""  # MD5, bytes, name; the MD5s are the original program's
-ANNOTATIONS, CLIP_INFO, ARCHIVE = "annotations_final.csv", "clip_info_final.csv", "mp3.zip"
+# Name, first byte, end, and the original program's MD5
+ANNOTATIONS = Piece("annotations_final.csv", 0, 21_517_373, "f04fa01752a8cc64f6e1ca142a0fef1d")
+CLIP_INFO = Piece("clip_info_final.csv", 0, 8_608_397, "03ef3cb8ddcfe53fdcdb8e0cda005be2")
+ARCHIVE = Piece("mp3.zip", 0, 2_972_769_864, "f12add0eb4cd6c2a3ab7e4afaf7b7467")
+ARCHIVE_PARTS = (
+    Piece("mp3.zip.001", 0, 1_100_000_000, "179c91c8c2a6e9b3da3d4e69d306fd3b"),
+    Piece("mp3.zip.002", 1_100_000_000, 2_200_000_000, "acf8265ff2e35c6ff22210e46457a824"),
+    Piece("mp3.zip.003", 2_200_000_000, 2_972_769_864, "582dc649cabb8cd991f09e14b99349a5"),
+)
 UNPACKED = "unpacked.txt"  # "bytes name" of each clip and, last, the MD5 of the archive
 
 
@@ -40,7 +40,6 @@ UNPACKED = "unpacked.txt"  # "bytes name" of each clip and, last, the MD5 of the
 class Settings:
     data: Path = ROOT / "data"  # folder for all files; those put there by hand are used if their MD5 is right
     hosts: tuple[str, ...] = HOSTS  # addresses of folders with both tables and mp3.zip, whole or in parts
-    md5sums: Path | None = None  # file of lines "MD5 bytes name" that replace the built-in ones
     demo: bool = False  # fetch nothing, render synthetic clips into the folder "demo" inside the data folder
 
 
@@ -51,7 +50,7 @@ def main():
         render(folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ARCHIVE):
+        with lock(folder / ARCHIVE.name):
             fetch_and_unpack(settings)
     where = "" if folder == Settings.data else f" --data {shlex.quote(str(folder))}"
     print(f"next: python gen_spectrograms.py{where}")
@@ -62,64 +61,41 @@ def fetch_and_unpack(settings):
     if not settings.hosts or not all(re.fullmatch("https?://.+/", host) for host in settings.hosts):
         raise InputError("--hosts takes addresses that begin with http:// or https:// and end with /")
     data, hosts = settings.data, [Host(url) for url in settings.hosts]
-    files = read_md5sums(settings.md5sums)
-    fetch(annotations_file(data), files[ANNOTATIONS], hosts)
-    fetch(data / CLIP_INFO, files[CLIP_INFO], hosts)
-    archive = files[ARCHIVE][0]
-    if not is_unpacked(data, archive.md5):
-        require_disk_space(data, archive.end)
-        fetch(data / ARCHIVE, files[ARCHIVE], hosts)
-        unpack(data, archive.md5)
-    print(f"{data}: all clips are unpacked; {ARCHIVE} may be deleted")
+    fetch(annotations_file(data), hosts, ANNOTATIONS)
+    fetch(data / CLIP_INFO.name, hosts, CLIP_INFO)
+    if not is_unpacked(data):
+        require_disk_space(data)
+        fetch(data / ARCHIVE.name, hosts, ARCHIVE, ARCHIVE_PARTS)
+        unpack(data)
+    print(f"{data}: all clips are unpacked; {ARCHIVE.name} may be deleted")
 
 
-def read_md5sums(path):
-    """Return {name: [the whole file, its parts in order]} from lines "MD5 bytes name", of a file or the built-in ones.
-
-    Raises InputError if one of our files is missing, or the parts do not make up the whole.
-    """
-    text = path.read_text(errors="replace") if path else MD5SUMS
-    lines = re.findall(r"^([0-9a-fA-F]{32}) +(\d{1,15}) +(\S+)\s*$", text, re.MULTILINE)
-    sums = {name: (int(size), md5.lower()) for md5, size, name in lines}
-    if missing := {ANNOTATIONS, CLIP_INFO, ARCHIVE} - sums.keys():
-        raise InputError(f"{path} has no line 'MD5 bytes name' for {', '.join(sorted(missing))}")
-    files = {name: [Piece(name, 0, *sums[name])] for name in (ANNOTATIONS, CLIP_INFO, ARCHIVE)}
-    begin = 0
-    for part in sorted(name for name in sums if re.fullmatch(rf"{ARCHIVE}\.\d+", name)):
-        size, md5 = sums[part]
-        files[ARCHIVE].append(Piece(part, begin, begin + size, md5))
-        begin += size
-    if begin not in (0, sums[ARCHIVE][0]):
-        raise InputError(f"{path}: the parts of {ARCHIVE} have {begin} bytes, not its {sums[ARCHIVE][0]}")
-    return files
-
-
-def require_disk_space(data, size):
-    """Raise InputError if the disk has no room for the archive and the clips, each of that size."""
-    there = [*data.glob(f"{ARCHIVE}.partial"), *data.glob(ARCHIVE), *data.glob("?/*.mp3")]
-    needed, free = 2 * size - sum(path.stat().st_size for path in there), shutil.disk_usage(data).free
+def require_disk_space(data):
+    """Raise InputError if the disk has no room for the archive and the clips, which are as large."""
+    there = [*data.glob(f"{ARCHIVE.name}.partial"), *data.glob(ARCHIVE.name), *data.glob("?/*.mp3")]
+    needed, free = 2 * ARCHIVE.end - sum(path.stat().st_size for path in there), shutil.disk_usage(data).free
     if needed > free:
         has = f"{data} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} are needed"
         raise InputError(f"{has}: make room or give another --data")
 
 
-def is_unpacked(data, md5):
-    """Return whether all clips of the archive with this MD5 exist and have their sizes."""
+def is_unpacked(data):
+    """Return whether all clips of the archive exist and have their sizes."""
     if not (data / UNPACKED).exists():
         return False
     *clips, archive = (data / UNPACKED).read_text(encoding="utf-8", errors="replace").split("\n")
     paths = [data / clip.partition(" ")[2] for clip in clips]
     sizes = [str(os.path.getsize(path)) if os.path.isfile(path) else None for path in paths]  # whatever the name
-    return archive == md5 and clips != [] and sizes == [clip.partition(" ")[0] for clip in clips]
+    return archive == ARCHIVE.md5 and clips != [] and sizes == [clip.partition(" ")[0] for clip in clips]
 
 
-def unpack(data, md5):
+def unpack(data):
     """Unpack the clips into `data`, except those that exist and are whole, and write a list of them.
 
     Raises InputError if the archive is damaged or holds anything but clips.
     """
     listed = []
-    for name, clip in clips_in(data / ARCHIVE):
+    for name, clip in clips_in(data / ARCHIVE.name):
         path = data / name
         if not (path.is_file() and path.read_bytes() == clip):
             path.parent.mkdir(exist_ok=True)
@@ -128,7 +104,7 @@ def unpack(data, md5):
         listed.append(f"{len(clip)} {name}\n")
     os.sync()  # all clips reach the disk before the list of them
     with whole_file(data / UNPACKED, "w", encoding="utf-8") as file:
-        file.writelines([*listed, md5])
+        file.writelines([*listed, ARCHIVE.md5])
     print(f"{data}: {len(listed):,} clips unpacked")
 
 

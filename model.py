@@ -3,7 +3,7 @@
 Needs nothing of this repository: copy the file to use the network elsewhere. Run as a script, prints the layers.
 """
 
-import sys
+import argparse
 
 import numpy as np
 import torch
@@ -173,8 +173,7 @@ def _glorot_normal(rng, shape):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(f"{__doc__}\nusage: python model.py")
+    argparse.ArgumentParser(description=__doc__).parse_args()
     net = build_network(50)
     print(net)
     print(f"{sum(weights.numel() for weights in net.parameters()):,} parameters")

@@ -21,7 +21,7 @@ from lib.dump import Dump, band_normalization
 from lib.experiment import claimed_folder, hyperparameters, require_same_clips, write_outputs
 from lib.loader import Loader, predict
 from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
-from lib.parallel import rank, remedy_for_full_gpu, share_of_batch, world_size
+from lib.parallel import rank, share_of_batch, world_size
 from lib.scores import compare_with_paper, format_score, macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - one is re-exported
 from model import all_reduce, build_network, initialize
@@ -44,7 +44,7 @@ class Settings:
     split: Literal["random", "folder", "artist"] = "random"  # random is the paper's; README.md compares them
     train_size: Count = 18000  # clips, in the random and artist splits
     validation_size: Count = 2000  # clips; what training and validation leave is the test set
-    normalize_on: Literal["all", "train"] = "all"  # clips whose mean and standard deviation normalise each mel band
+    normalize_on: Literal["all", "train"] = "all"  # clips that give the mean and deviation of each mel band
 
     # optimisation
     learning_rate: number(float, 1e-12, 10) = 0.001  # Adam's, with betas 0.9 and 0.999 and epsilon 1e-8
@@ -67,7 +67,7 @@ def main():
     settings = tyro.cli(Settings, description=__doc__)
     device = choose_device(settings.device)
     dump = Dump(settings.data)
-    with joined_processes(device), claimed_folder(settings) as (folder, last), remedy_for_full_gpu(device):
+    with joined_processes(device), claimed_folder(settings) as (folder, last):
         train(settings, dump, device, folder, last)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lib.common import InputError, reason, whole_file
-from lib.parallel import prepare_device, remedy_for_full_gpu
+from lib.parallel import prepare_device
 from model import build_network
 
 
@@ -56,8 +56,7 @@ def load_network(checkpoint, device, precision="checkpoint"):
     dtype = prepare_device(device, precision, trained.get("tf32", True))
     net = build_network(len(checkpoint["tag_names"]))
     net.load_state_dict(checkpoint["weights"])
-    with remedy_for_full_gpu(device):
-        return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
+    return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
 def n_test_clips_seen(checkpoint, other):

@@ -20,6 +20,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_SECONDS = 3  # the last worker of a killed run may take a while to notice
+GPU_IS_FULL = "OutOfMemoryError"  # PyTorch's exception, by name: not every script imports PyTorch
 progress = functools.partial(tqdm, disable=None)  # shows nothing if the output is not a terminal, so logs stay readable
 
 
@@ -61,7 +62,7 @@ def run(main, to_continue="the same command resumes"):
     except Exception as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(LOCK_SECONDS)  # if rank 0 fails too, torchrun ends this process before it repeats the message
-        if not isinstance(error, (InputError, OSError)):
+        if not isinstance(error, (InputError, OSError)) and type(error).__name__ != GPU_IS_FULL:
             raise
         full = getattr(error, "errno", None) == errno.ENOSPC
         print(f"error: {reason(error)}{f'; make room, then {to_continue}' if full else ''}", file=sys.stderr)
@@ -100,6 +101,8 @@ def reason(error):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "not enough memory"
+    if type(error).__name__ == GPU_IS_FULL:
+        return "out of GPU memory; a smaller --batch-size or --precision bfloat16 needs less; or use --device cpu"
     first_line = next(iter(str(error).splitlines()), "")
     return first_line if isinstance(error, InputError) else f"{type(error).__name__}: {first_line}"
 

@@ -86,17 +86,16 @@ class Host:
         return self.get(name, begin, end)
 
 
-def fetch(path, pieces, hosts):
-    """Download a file to `path`, unless it exists. `pieces`: the whole file and the parts that some hosts have instead.
+def fetch(path, hosts, whole, parts=()):
+    """Download the Piece `whole`, which some hosts have only as `parts`, to `path`, unless that exists.
 
     A part that the user has put beside it is used. Raises InputError if all hosts fail, or an existing file has another
     MD5.
     """
-    whole, *parts = pieces
     if not path.exists():
         partial = path.with_name(path.name + ".partial")
         with naming(partial), open(partial, "ab") as output:
-            for piece in parts or [whole]:
+            for piece in parts or (whole,):
                 copy_part(output, piece)
                 complete(output, whole, piece, sorted(hosts, key=lambda host: host.demoted))
             output.truncate(whole.end)

@@ -52,16 +52,6 @@ def autocast(device, precision):
 
 
 @contextmanager
-def remedy_for_full_gpu(device):
-    """Turn PyTorch's out-of-memory error into an InputError that says what needs less memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        remedy = "a smaller --batch-size or --precision bfloat16 needs less; or use --device cpu"
-        raise InputError(f"{device}: out of memory; {remedy}") from error
-
-
-@contextmanager
 def joined_processes(device):
     """Join the other processes, if torchrun started several; only rank 0 prints."""
     if not started_with_others():

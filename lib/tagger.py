@@ -10,7 +10,7 @@ from lib.audio import CLIP_SAMPLES, FRONT_END, HOP_LENGTH, N_FFT, load, log_mel,
 from lib.checkpoint import load_checkpoint, load_network
 from lib.common import InputError
 from lib.loader import to_probabilities
-from lib.parallel import autocast, choose_device, remedy_for_full_gpu
+from lib.parallel import autocast, choose_device
 
 BATCH_SIZE = 9  # clips: a song of four minutes; 0.2 GB in float32
 
@@ -55,7 +55,7 @@ class Tagger:
     @torch.no_grad()
     def probabilities(self, spectrograms):
         """Return the probabilities for (clips, 1, 128, 628) normalised spectrograms: (clips, tags) float64."""
-        with autocast(self.device, self.precision), remedy_for_full_gpu(self.device):
+        with autocast(self.device, self.precision):
             batches = spectrograms.to(getattr(torch, self.precision)).split(BATCH_SIZE)
             logits = torch.cat([self.net(batch.to(self.device)).cpu() for batch in batches])
         return to_probabilities(logits)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 from http_server import Server, behave
-from test_get_data import make_zip, md5sums
+from test_get_data import make_zip, stand_in_for
 
 from get_data import ARCHIVE, UNPACKED
 from lib.common import InputError, Seed, number, run
@@ -45,7 +45,7 @@ class Settings:
 
 
 COMMANDS = {  # each runs in a copy of make_inputs' folder
-    "get_data": "get_data.py --data got --md5sums md5sums.txt --hosts",  # and those of start_hosts
+    "get_data": "",  # see start_hosts
     "gen_spectrograms": "gen_spectrograms.py --data . --n-chunks 4",
     "trainer": "trainer.py --data music --experiments . --name tiny --resume --train-size 8 --validation-size 4 "
     "--epochs 3 --batch-size 2 --super-batch-size 4",
@@ -81,16 +81,28 @@ def make_inputs(folder):
 
 
 def start_hosts(folder):
-    """Start two hosts that break off every connection: one has the archive whole, the other in parts."""
+    """Start two hosts that break off every connection: one has the archive whole, the other in parts.
+
+    Writes the script that fetches their files, as get_data.py does MagnaTagATune's.
+    """
+    COMMANDS["get_data"] = f"{folder}/fetch.py --data got --hosts"
     tables = {"annotations_final.csv": b"clip_id", "clip_info_final.csv": bytes(300_000)}
     archive = make_zip({f"{n % 16:x}/{n}.mp3": random.Random(n).randbytes(20_000) for n in range(200)})
     cuts = (0, 2_000_001, len(archive) - 30_000, None)  # half of the last part is the directory
-    parts = {f"{ARCHIVE}.00{n + 1}": archive[cuts[n] : cuts[n + 1]] for n in range(3)}
-    for files in (tables | {ARCHIVE: archive}, tables | parts):
+    parts = {f"{ARCHIVE.name}.00{n + 1}": archive[cuts[n] : cuts[n + 1]] for n in range(3)}
+    whole = {ARCHIVE.name: archive}
+    for files in (tables | whole, tables | parts):
         server = Server(files).__enter__()
         server.always = partial(behave, sent=100_000)
         COMMANDS["get_data"] += f" {server.url}"
-    (folder / "md5sums.txt").write_text(md5sums(tables | {ARCHIVE: archive} | parts))
+    stand_in = stand_in_for(tables | whole | parts)
+    lines = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})",
+        "import get_data; from lib.download import Piece",
+        f"vars(get_data).update({stand_in!r})",
+        "get_data.run(get_data.main)",
+    )
+    (folder / "fetch.py").write_text("\n".join(lines))
 
 
 def damage(folder, rng):

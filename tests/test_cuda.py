@@ -135,4 +135,4 @@ def test_a_full_gpu_is_one_line_with_the_remedy(small, tmp_path, call_script, gp
         with monkeypatch.context() as patch:
             patch.setattr(MultiScaleCNN, method, full)
             error = call_script(script, *folders, *options, "--device", "cuda", status=1).stderr
-        assert error.startswith("error: cuda:0: out of memory; a smaller --batch-size") and error.count("\n") == 1
+        assert error.startswith("error: out of GPU memory; a smaller --batch-size") and error.count("\n") == 1

@@ -33,10 +33,17 @@ def make_zip(members):
     return buffer.getvalue()
 
 
-def md5sums(files):
-    """Return the lines that --md5sums takes."""
-    lines = (f"{hashlib.md5(content).hexdigest()} {len(content)} {name}\n" for name, content in files.items())
-    return "".join(lines)
+def stand_in_for(files):
+    """Return what to replace get_data.py's constants with, so that it fetches these files: {name: content}."""
+
+    def piece(name, begin=0):
+        return download.Piece(name, begin, begin + len(files[name]), hashlib.md5(files[name]).hexdigest())
+
+    parts = []
+    for name in sorted(name for name in files if name.startswith("mp3.zip.")):
+        parts.append(piece(name, parts[-1].end if parts else 0))
+    names = {"ANNOTATIONS": "annotations_final.csv", "CLIP_INFO": "clip_info_final.csv", "ARCHIVE": "mp3.zip"}
+    return {constant: piece(name) for constant, name in names.items()} | {"ARCHIVE_PARTS": tuple(parts)}
 
 
 ARCHIVE = make_zip(CLIPS)
@@ -79,16 +86,14 @@ def fetch(tmp_path, call_script, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name, value in {"BREATH": 0, "PAUSE": 0, "ATTEMPTS": 7}.items():
         monkeypatch.setattr(download, name, value)
-    (tmp_path / "md5sums").write_text(md5sums(IN_PARTS | WHOLE))
+    for name, value in stand_in_for(IN_PARTS | WHOLE).items():
+        monkeypatch.setattr(get_data, name, value)
     data = tmp_path / "data"
 
     def fetch(*servers, status=0, timeout=10, deleted=()):
         monkeypatch.setattr(download, "TIMEOUT", timeout)
-        options = {"data": data, "md5sums": tmp_path / "md5sums"}
         hosts = [getattr(server, "url", server) for server in servers]
-        printed = call_script(
-            "get_data.py", *(f"--{n}={value}" for n, value in options.items()), "--hosts", *hosts, status=status
-        )
+        printed = call_script("get_data.py", "--data", data, "--hosts", *hosts, status=status)
         if status == 0:
             there = {str(path.relative_to(data)): path.read_bytes() for path in data.rglob("[!.]*.*")}
             there["annotations_final.csv"] = there.pop("tags.csv", None) or there["annotations_final.csv"]
@@ -103,7 +108,7 @@ def fetch(tmp_path, call_script, monkeypatch):
 
 
 def test_the_real_parts_make_up_the_real_archive():
-    archive, *parts = get_data.read_md5sums(None)["mp3.zip"]
+    archive, parts = get_data.ARCHIVE, get_data.ARCHIVE_PARTS
     assert [part.begin for part in parts] == [0, *(part.end for part in parts[:-1])]
     assert archive.end == parts[-1].end == 2_972_769_864 and len(parts) == 3
 
@@ -316,5 +321,5 @@ BAD_ARCHIVES = {
 def test_a_bad_archive_is_refused_and_nothing_of_it_unpacked(tmp_path, kind):
     put(tmp_path / "data", {"mp3.zip": BAD_ARCHIVES[kind]})
     with pytest.raises(InputError, match="mp3.zip: damaged archive"):
-        get_data.unpack(tmp_path / "data", "")
+        get_data.unpack(tmp_path / "data")
     assert {path.name for path in tmp_path.rglob("*")} == {"data", "mp3.zip"}

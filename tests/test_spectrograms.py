@@ -325,10 +325,10 @@ def test_a_damaged_dump_is_named(tmp_path):
 
 
 @on_linux
-@pytest.mark.parametrize("n_chunks, blocks", [(1, 2000), (97, 100)])  # one failure, or more than fit into a pipe
+@pytest.mark.parametrize("n_chunks, blocks", [(1, 2000), (200, 100)])  # one failure, or more than fit into a pipe
 def test_a_full_disk_is_one_line_and_the_next_start_resumes(run_script, tmp_path, n_chunks, blocks):
     soundfile.write(tmp_path / "a.flac", tone(11025, 1), 11025)
-    write_table(tmp_path, ["a.flac"] * 97)
+    write_table(tmp_path, ["a.flac"] * 200)
     # A limit on the size of files makes write() fail as a full disk does, with another error number
     command = f"{sys.executable} {ROOT}/gen_spectrograms.py --data {tmp_path} --n-chunks {n_chunks}"
     limited = ["bash", "-c", f"trap '' XFSZ; ulimit -f {blocks}; exec {command}"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, write_clip_info, write_dump
-from get_data import read_md5sums
+from get_data import ANNOTATIONS, CLIP_INFO
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.splits import divide_clips, split_by_artist, split_by_folder, split_sizes
@@ -101,11 +101,10 @@ def test_no_artist_is_in_two_parts_and_sizes_are_near():
 
 
 def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):
-    for name in ("annotations_final.csv", "clip_info_final.csv"):
-        table = gzip.decompress((shared / f"mtat/{name}.gz").read_bytes())
-        [known] = read_md5sums(None)[name]
+    for known in (ANNOTATIONS, CLIP_INFO):
+        table = gzip.decompress((shared / f"mtat/{known.name}.gz").read_bytes())
         assert (hashlib.md5(table).hexdigest(), len(table)) == (known.md5, known.end), "get_data.py would refuse it"
-        (tmp_path / name).write_bytes(table)
+        (tmp_path / known.name).write_bytes(table)
     annotations = read_annotations(annotations_file(tmp_path))
     info = clip_info_of(tmp_path, annotations.ids)
 
