@@ -90,9 +90,7 @@ def make_chunks(chunks, plan, mp3_paths):
 
     The first exception of a worker ends all of them and is raised here. Raises InputError if a worker was killed.
     """
-    log_mel(
-        resample(np.zeros(9, np.float32), 2 * SAMPLE_RATE)
-    )  # so that what the workers need is imported once, before they fork
+    log_mel(resample(np.zeros(9, np.float32), 2 * SAMPLE_RATE))  # imports what the workers need before they fork
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
@@ -150,15 +148,15 @@ def finish(data, plan, annotations, chunks):
     manifest = manifest_of(data, plan)
     if not manifest["complete"] and all(chunk.is_complete() for chunk in chunks):
         records = np.concatenate([chunk.records() for chunk in chunks])
-        texts = zip(annotations.ids, annotations.mp3_paths, records["outcome"].tolist(), records["reason"].tolist())
-        bad = [(*clip, outcome.decode(), why.decode(errors="replace")) for *clip, outcome, why in texts if outcome]
+        texts = [[text.decode(errors="replace") for text in records[name].tolist()] for name in ("outcome", "reason")]
+        bad = [row for row in zip(annotations.ids, annotations.mp3_paths, *texts) if row[2]]
         write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *bad])
         tables = dict(zip(("ids", "tags", "tag_names", "mp3_paths"), annotations)) | {"checksums": checksums(records)}
         for name, values in tables.items():
             with whole_file(data / f"{name}.npy") as file:
                 np.save(file, np.array(values), allow_pickle=False)
         manifest |= {
-            "outcomes": {kind: int(np.sum(records["outcome"] == kind.encode())) for kind in ("zero", "padded")},
+            "outcomes": {kind: texts[0].count(kind) for kind in ("zero", "padded")},
             "synthetic": (data / "SYNTHETIC.txt").exists(),
             "crc32": {f"{name}.npy": hex_crc32((data / f"{name}.npy").read_bytes()) for name in tables},
             "complete": True,

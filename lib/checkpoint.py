@@ -36,7 +36,7 @@ def load_checkpoint(path):
             if damaged := archive.testzip():
                 raise InputError(f"its part {damaged} has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = dict(checkpoint["weights"])  # without the metadata, in which assign=True, below, would remain
+        weights = dict(checkpoint["weights"])  # drops the metadata, where load_state_dict leaves assign=True
         if "head.weight" not in weights:  # earlier versions called the head "top"
             weights = {re.sub(r"^top\.", "head.", name): value for name, value in weights.items()}
         checkpoint["weights"] = weights

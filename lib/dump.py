@@ -65,7 +65,7 @@ class Chunk:
         n_done, expected = 0, checksums(self.records())
         self.partial.touch()
         self.log.touch()
-        # Not "ab", which writes behind the bytes of another process
+        # Not "ab": append mode would write after bytes that another process added
         self.clips, self.record = clips, record = open(self.partial, "r+b"), open(self.log, "r+b")
         clips.write(self.header)
         for checksum in expected:

@@ -48,9 +48,7 @@ def saved_experiment(folder, settings):
     then, now = hyperparameters(type(settings)()) | saved["hyperparameters"], hyperparameters(settings)
     names = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
     if differing := [f"{name} ({then[name]} there, {now[name]} now)" for name in names]:
-        raise InputError(
-            f"{last}: was trained with other hyperparameters: {', '.join(differing)}; resume with the same"
-        )
+        raise InputError(f"{last}: has other hyperparameters: {', '.join(differing)}; resume with the same")
     if not best.exists() and not saved["history"][-1]["best"]:  # else write_outputs had no time to write it
         raise InputError(f"{best}: missing; --overwrite starts over")
     return saved

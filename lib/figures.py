@@ -36,9 +36,7 @@ def _picture(path, title, width, height, synthetic):
         figure.suptitle(textwrap.fill(f"{title} (synthetic demo data)" if synthetic else title, int(12 * width)))
         yield figure
         with whole_file(path) as file, warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing from font"
-            )  # letters that no font has are drawn as boxes
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such letters are drawn as boxes
             figure.savefig(file, format="png", metadata={"Software": None})
 
 

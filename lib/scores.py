@@ -83,8 +83,8 @@ class Scores(NamedTuple):
 def scores_of(labels, probabilities, groups, n_resamples, seed):
     """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups, drawn with replacement.
 
-    `groups` has the name or number of each clip's group. With one group per track, the resamples vary
-    as much as new samples of tracks would.
+    `groups` has the name or number of each clip's group. With one group per track, the resamples vary as much
+    as new samples of tracks would.
     """
     weights = resample_weights(groups, n_resamples, seed)
     of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, probabilities.T)]

@@ -19,9 +19,8 @@ class Tagger:
     """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, likeliest first.
 
     It can also be called with an array and its sample rate in Hz, as soundfile.read returns them: floating-point
-    numbers of full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's, or
-    "checkpoint" for the one that it was trained in. Raises InputError
-    for a checkpoint or audio that can't be used.
+    numbers of full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's, or "checkpoint" for
+    the one that it was trained in. Raises InputError for a checkpoint or audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):

@@ -178,6 +178,8 @@ MUTANTS = [
         ("divmod(row, len(self.spectrograms[0]))", "divmod(row, len(self.spectrograms[0]))[0], 0"),
         ("zlib.crc32(clips.read(CLIP_BYTES)) != checksum", "False"),
         ("zlib.crc32(clip) == checksums[row]", "True"),
+        ('zlib.crc32(record["outcome"] + record["reason"])', "0"),
+        ("record.truncate(record.seek(n_done * RECORD.itemsize))", "record.seek(0, os.SEEK_END)"),
         ('crc == self.manifest["crc32"][chunk.path.name]', "True"),
         ("held.enter_context(lock(", "print((")),
     *of("gen_spectrograms.py", "test_spectrograms.py",

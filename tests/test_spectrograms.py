@@ -232,8 +232,10 @@ def test_killed_and_started_again_the_dump_is_the_same(run_script, clips, undist
     with pytest.raises(InputError, match="no complete dump"):
         Dump(clips)
     for records in clips.glob("*.records"):
-        with open(records, "ab") as file:
-            file.write(b"a half")
+        content = bytearray(records.read_bytes())
+        if victim == "parent" and content:
+            content[RECORD.fields["outcome"][1]] ^= 1  # of the first clip, which is not bad
+        records.write_bytes(content + b"half a record")
     half_written = max(clips.glob("*.partial"), key=os.path.getsize)
     with open(half_written, "r+b") as file:
         # The middle is a clip that has been damaged, the end one that was cut off
