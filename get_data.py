@@ -80,7 +80,7 @@ def require_disk_space(data):
 
 
 def is_unpacked(data):
-    """Return whether all clips of the archive exist and have their sizes."""
+    """Return whether all clips of the archive exist, each in its full size."""
     if not (data / UNPACKED).exists():
         return False
     *clips, archive = (data / UNPACKED).read_text(encoding="utf-8", errors="replace").split("\n")

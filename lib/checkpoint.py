@@ -49,7 +49,7 @@ def load_checkpoint(path):
 
 
 def load_network(checkpoint, device, precision="checkpoint"):
-    """Return (network on `device`, precision); "checkpoint" stands for the precision that it was trained in."""
+    """Return (network on `device`, precision). A `precision` of "checkpoint" becomes the one used in training."""
     trained = checkpoint["hyperparameters"]
     if precision == "checkpoint":
         precision = trained.get("precision", "float32")

@@ -21,7 +21,7 @@ from lib.common import InputError, lock, progress, whole_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
-# What is kept of each clip while its chunk is made: its CRC-32, XOR that of the two texts, which bad clips have
+# Kept of each clip while its chunk is made. `crc32` is the clip's, XOR that of both texts, which only bad clips have
 RECORD = np.dtype([("crc32", "<u4"), ("outcome", "S6"), ("reason", "S200")])
 
 
@@ -81,7 +81,7 @@ class Chunk:
         clip = spectrogram.astype("<f4").tobytes()
         record = np.zeros(1, RECORD)
         record[0] = zlib.crc32(clip), outcome.encode(), " ".join(reason.split()).encode(errors="replace")
-        record["crc32"] = checksums(record)
+        record["crc32"] = checksums(record)  # XOR with the texts' CRC-32 adds it here, and removes it when read
         for file, content in ((self.clips, clip), (self.record, record.tobytes())):
             file.write(content)
             file.flush()

@@ -82,7 +82,7 @@ def rank():
 
 
 def share_of_batch(rows):
-    """Return this process's rows of a global batch: consecutive, and as many as the others', or one more or less."""
+    """Return this process's rows of a global batch: consecutive ones, in shares that differ by at most one."""
     return np.array_split(rows, world_size())[rank()]
 
 
