@@ -1,7 +1,7 @@
 """Score a trained checkpoint on its validation and test clips, or tag your own music with it.
 
-Writes results.json, tables and pictures beside the checkpoint. With --against, compares it with another experiment's
-on the test clips of both. With --tag, prints the most likely tags of each audio file instead.
+Writes results.json, tables and pictures beside the checkpoint, or into --output. With --against, compares it with
+another experiment's on the test clips of both. With --tag, prints the most likely tags of each audio file instead.
 """
 
 import json
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.common import ROOT, Count, InputError, Seed, number, run, whole_file, write_table
+from lib.common import ROOT, Count, InputError, Seed, number, optional_picture, run, whole_file, writable
+from lib.common import write_table
 
 import numpy as np
 import tyro
@@ -18,7 +19,7 @@ from lib import scores
 from lib.baseline import band_features, baseline_predictions
 from lib.checkpoint import load_checkpoint, load_network, n_test_clips_seen
 from lib.dump import Dump
-from lib.library import tag_files
+from lib.library import ELSEWHERE, tag_files
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, started_with_others
 from lib.scores import format_score
@@ -32,6 +33,7 @@ class Settings:
     experiments: Path = ROOT / "experiments"  # folder of all experiments
     name: str = "paper"  # the experiment whose best.pt is evaluated
     checkpoint: Path | None = None  # another checkpoint, instead of the experiment's best.pt
+    output: Path | None = None  # folder for tables and pictures, instead of the checkpoint's
     data: Path = ROOT / "data"  # folder with the dump
     other_data: bool = False  # score the dump even if the checkpoint was trained on another
     against: str = ""  # another experiment, to compare with instead of scoring
@@ -48,7 +50,7 @@ class Settings:
     tag: tuple[Path, ...] | None = None  # audio files and folders of them to tag, instead of scoring
     top: Count = 5  # how many tags to print for each file
     json: bool = False  # print one JSON object, file -> tag -> probability
-    taggram: bool = False  # draw each file's spectrogram and its tags over time, beside the checkpoint
+    taggram: bool = False  # draw each file's spectrogram and its tags over time
     csv: Path | None = None  # write a table instead, one row per file as it is tagged; resumes
 
 
@@ -65,6 +67,8 @@ def main():
     if settings.tag is not None or settings.csv or settings.json or settings.taggram:
         return tag_files(settings, path)
     ours = Evaluation(settings, path)
+    print(end=ours.dump.note_on_table())
+    writable(ours.output, ELSEWHERE)
     if settings.against:
         return compare(ours, Evaluation(settings, settings.experiments / settings.against / "best.pt"))
 
@@ -92,7 +96,11 @@ class Evaluation:
     """
 
     def __init__(self, settings, path):
-        self.settings, self.path, self.device = settings, path, choose_device(settings.device)
+        self.settings, self.output, self.device = (
+            settings,
+            settings.output or path.parent,
+            choose_device(settings.device),
+        )
         self.checkpoint, self.dump = load_checkpoint(path), Dump(settings.data)
         self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
         has_info = (settings.data / "clip_info_final.csv").exists()
@@ -180,10 +188,8 @@ def leakage(evaluation, rows, probabilities):
 
 
 def write_results(evaluation, results, predicted):
-    """Write the scores, the predictions and the pictures beside the checkpoint."""
-    from lib import figures  # matplotlib takes a while to import
-
-    folder, dump, tag_names = evaluation.path.parent, evaluation.dump, evaluation.checkpoint["tag_names"]
+    """Write the scores, the predictions and the pictures."""
+    folder, dump, tag_names = evaluation.output, evaluation.dump, evaluation.checkpoint["tag_names"]
     write_json(folder / "results.json", results)
     rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
     write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
@@ -193,8 +199,11 @@ def write_results(evaluation, results, predicted):
         write_table(folder / f"predictions_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
     test = tag_names, evaluation.labels[evaluation.rows["test"]], predicted["test"]
     write_table(folder / "worth_a_listen.csv", worth_a_listen(clips["test"], *test))
-    figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
-    figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
+    with optional_picture(folder):
+        from lib import figures  # matplotlib takes a while to import
+
+        figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
+        figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
 
 
 def worth_a_listen(clips, tag_names, labels, probabilities):
@@ -282,11 +291,11 @@ def compare(ours, theirs):
         "tags": per_tag_rows(one["tag_names"], ours.labels[rows], difference),
     }
     print_comparison(result)
-    write_json(ours.path.parent / "comparison.json", result)
-    from lib.figures import tag_differences  # matplotlib takes a while to import
+    write_json(ours.output / "comparison.json", result)
+    with optional_picture(picture := ours.output / "comparison.png"):
+        from lib.figures import tag_differences  # matplotlib takes a while to import
 
-    picture = ours.path.parent / "comparison.png"
-    tag_differences(picture, result["tags"], f"{name} - {against}", synthetic=ours.dump.synthetic)
+        tag_differences(picture, result["tags"], f"{name} - {against}", synthetic=ours.dump.synthetic)
 
 
 def print_comparison(result):

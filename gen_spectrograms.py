@@ -5,12 +5,13 @@ spectrograms_7.npy, ids.npy, tags.npy, tag_names.npy, mp3_paths.npy, checksums.n
 says what the dump was made from. Interrupted, the same command resumes after the last complete clip.
 """
 
-import hashlib
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import traceback
+import unicodedata
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from lib.audio import CLIP_SAMPLES, CLIP_SECONDS_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
-from lib.audio import decode, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
+from lib.audio import CLIP_SAMPLES, CLIP_SAMPLES_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
+from lib.audio import load, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
 from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, run
-from lib.common import whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, Dump, checksums, chunk_files, delete_dump, divide, hex_crc32
-from lib.dump import read_manifest, write_manifest
+from lib.common import whole_file, writable, write_table
+from lib.dump import CLIP_BYTES, MANIFEST, Dump, annotations_sha256, checksums, chunk_files, delete_dump, divide
+from lib.dump import hex_crc32, read_manifest, write_manifest
 from tags import annotations_file, read_annotations
 
 
@@ -33,37 +34,41 @@ class Settings:
     n_chunks: number(int, 1, 256) = 8  # files that the dump is divided into, and worker processes
     chunks: tuple[int, ...] = ()  # make only these files, to divide the work; default: all
     overwrite: bool = False  # delete the folder's dump and start over
+    retry_bad: bool = False  # try the bad clips of a complete dump again, such as some that have since arrived
 
 
 TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
+# What may be wrong with a clip, and how the summary calls that
+OUTCOMES = {"zero": "bad (all zeros)", "padded": "short (padded with silence)", "gaps": "with gaps (damaged)"}
 
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    table = annotations_file(settings.data)
-    annotations = read_annotations(table)
+    annotations = read_annotations(annotations_file(settings.data))
+    audio = shlex.quote(str(settings.data.resolve()))
+    writable(settings.data, f"make a folder of links (mkdir dump && ln -s {audio}/* dump) and give it as --data")
     chunks = divide(settings.data, len(annotations.ids), settings.n_chunks)
     if wrong := set(settings.chunks) - set(range(settings.n_chunks)):
         raise InputError(f"--chunks {min(wrong)}: there are {settings.n_chunks}, numbered from 0")
     chosen = [chunk for index, chunk in enumerate(chunks) if not settings.chunks or index in settings.chunks]
-    plan = plan_dump(table, annotations, settings.n_chunks)
+    plan = plan_dump(settings.data, len(annotations.ids), settings.n_chunks)
     with lock(settings.data / MANIFEST):
         if settings.overwrite:
             delete_dump(settings.data)
         manifest = start_or_resume(settings.data, plan)
-    if manifest["complete"]:
-        Dump(settings.data)  # raises InputError if a file is missing
-    else:
-        make_chunks([chunk for chunk in chosen if not chunk.is_complete()], plan, annotations.mp3_paths)
+        if manifest["complete"]:
+            manifest = reopen(settings, plan, annotations, chunks)
+    if not manifest["complete"]:
+        missing = [chunk for chunk in chosen if not chunk.is_complete()]
+        make_chunks(missing, plan, annotations.mp3_paths, settings.retry_bad)
     with lock(settings.data / MANIFEST):
         manifest = finish(settings.data, plan, annotations, chunks)
         print_summary(settings.data, manifest, chunks)
 
 
-def plan_dump(table, annotations, n_chunks):
+def plan_dump(data, n_clips, n_chunks):
     """Return what a dump is made from; two dumps that differ in any of it are never mixed."""
-    sha256 = hashlib.sha256(table.read_bytes()).hexdigest()
-    n_clips = len(annotations.ids)
+    sha256 = annotations_sha256(data)
     return {"annotations_sha256": sha256, "n_clips": n_clips, "n_chunks": n_chunks, "front_end": FRONT_END}
 
 
@@ -79,22 +84,40 @@ def start_or_resume(data, plan):
 def manifest_of(data, plan):
     """Return the manifest of the dump in folder `data`. Raises InputError if that has another plan, or was deleted."""
     manifest = read_manifest(data)
-    if differing := [key for key in plan if manifest.get(key) != plan[key]]:
+    renewed = {"annotations_sha256"} if manifest.get("complete") else set()  # see reopen
+    if differing := [key for key in plan if manifest.get(key) != plan[key] and key not in renewed]:
         found = ", ".join(f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in differing)
         raise InputError(f"{data / MANIFEST}: made with other settings: {found}; --overwrite starts over")
     return manifest
 
 
-def make_chunks(chunks, plan, mp3_paths):
+def reopen(settings, plan, annotations, chunks):
+    """Make a complete dump an incomplete one if its tags or, with --retry-bad, its bad clips are to be renewed.
+
+    Returns its manifest, on which the caller holds the lock. Raises InputError if it has other clips, or is damaged.
+    """
+    dump = Dump(settings.data)
+    if dump.ids.tolist() != annotations.ids.tolist() or dump.mp3_paths != annotations.mp3_paths:
+        raise InputError(f"{settings.data}: the table has other clips than the dump; --overwrite starts over")
+    if settings.retry_bad or dump.manifest["annotations_sha256"] != plan["annotations_sha256"]:
+        records = dump.records()
+        for chunk in chunks:
+            chunk.reopen(records[chunk.rows.start : chunk.rows.stop], settings.retry_bad)
+        write_manifest(settings.data, {**plan, "complete": False})
+    return read_manifest(settings.data)
+
+
+def make_chunks(chunks, plan, mp3_paths, retry_bad=False):
     """Make each of `chunks` in a process of its own, showing a progress bar. `mp3_paths` are those of all clips.
 
     The first exception of a worker ends all of them and is raised here. Raises InputError if a worker was killed.
     """
-    log_mel(resample(np.zeros(9, np.float32), 2 * SAMPLE_RATE))  # imports what the workers need before they fork
+    import av  # noqa: F401 - what the workers need is imported before they fork
 
+    log_mel(resample([np.zeros(9, np.float32)], 2 * SAMPLE_RATE))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     failures = context.SimpleQueue()
-    tasks = [(chunk, plan, mp3_paths, failures) for chunk in chunks]
+    tasks = [(chunk, plan, mp3_paths, retry_bad, failures) for chunk in chunks]
     workers = [context.Process(target=make_chunk, args=task, daemon=True) for task in tasks]
     with progress(total=sum(len(chunk.rows) for chunk in chunks), unit="clip", smoothing=0.05) as bar:
         for worker in workers:
@@ -113,17 +136,20 @@ def make_chunks(chunks, plan, mp3_paths):
             raise InputError(f"{chunk.path}: {died}; the same command resumes there")
 
 
-def make_chunk(chunk, plan, mp3_paths, failures):
-    """Worker process: make one chunk, from its first missing clip."""
+def make_chunk(chunk, plan, mp3_paths, retry_bad, failures):
+    """Worker process: make one chunk, from its first missing clip; before, if `retry_bad`, its bad clips again."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends the workers
     keep_freed_memory()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the mp3 decoder warns about every damaged frame
     try:
         with naming(chunk.path), lock(chunk.path):
             if chunk.is_complete() or manifest_of(chunk.path.parent, plan)["complete"]:
                 return  # another process has completed it while this one waited
-            for row in chunk.rows[chunk.resume() :]:
-                chunk.append(*make_spectrogram(chunk.path.parent / mp3_paths[row]))
+            bad = np.flatnonzero(chunk.records()["outcome"]) if retry_bad else []
+            missing = {*chunk.resume()}
+            for place in sorted({*bad, *missing}):
+                made = make_spectrogram(clip_path(chunk.path.parent, mp3_paths[chunk.rows[place]]))
+                if place in missing or made[1] != "zero":  # a clip in parts is better than none
+                    chunk.write(place, *made)
                 if os.getppid() != multiprocessing.parent_process().pid:
                     return  # the parent process was killed
             chunk.finish()
@@ -132,15 +158,21 @@ def make_chunk(chunk, plan, mp3_paths, failures):
         failures.put(error)
 
 
+def clip_path(data, mp3_path):
+    """Return the path of a clip, whose name may compose its accents in another way than the table, as on a Mac."""
+    names = mp3_path, *(unicodedata.normalize(form, mp3_path) for form in ("NFC", "NFD"))
+    return next((data / name for name in names if (data / name).exists()), data / mp3_path)
+
+
 def make_spectrogram(path):
     """Return (spectrogram, outcome, reason) of one clip: all zeros if its file can't be used."""
     try:
-        samples = resample(*decode(path, CLIP_SECONDS_READ))
+        samples, note = load(path, CLIP_SAMPLES_READ)
     except Exception as error:  # one unreadable file, whatever is wrong with it, must not stop the others
-        return np.zeros((N_MELS, N_FRAMES), np.float32), "zero", reason(error)
+        return np.zeros((N_MELS, N_FRAMES), np.float32), "zero", reason(error).removeprefix(f"{path}: ")
     if len(samples) < CLIP_SAMPLES:
-        return log_mel(samples), "padded", f"{len(samples) / SAMPLE_RATE:.2f} s long"
-    return log_mel(samples), "", ""
+        return log_mel(samples), "padded", f"{len(samples) / SAMPLE_RATE:.2f} s long{note and '; '}{note}"
+    return log_mel(samples), note and "gaps", note
 
 
 def finish(data, plan, annotations, chunks):
@@ -156,15 +188,15 @@ def finish(data, plan, annotations, chunks):
             with whole_file(data / f"{name}.npy") as file:
                 np.save(file, np.array(values), allow_pickle=False)
         manifest |= {
-            "outcomes": {kind: texts[0].count(kind) for kind in ("zero", "padded")},
+            "outcomes": {kind: texts[0].count(kind) for kind in OUTCOMES},
             "synthetic": (data / "SYNTHETIC.txt").exists(),
             "crc32": {f"{name}.npy": hex_crc32((data / f"{name}.npy").read_bytes()) for name in tables},
             "complete": True,
         }
         write_manifest(data, manifest)
     if manifest["complete"]:
-        for chunk in chunks:
-            chunk.log.unlink(missing_ok=True)
+        for path in (path for chunk in chunks for path in (chunk.log, chunk.partial)):
+            path.unlink(missing_ok=True)
     return manifest
 
 
@@ -174,12 +206,13 @@ def print_summary(data, manifest, chunks):
         missing = [chunk.path.name for chunk in chunks if not chunk.is_complete()]
         print(f"these chunks are done; the dump still needs {', '.join(missing)}")
         return
-    n_clips, zero, padded = manifest["n_clips"], manifest["outcomes"]["zero"], manifest["outcomes"]["padded"]
+    n_clips, outcomes = manifest["n_clips"], manifest["outcomes"]
     print(f"{data}: {n_clips:,} spectrograms, {n_clips * CLIP_BYTES / 1e9:.2f} GB in {len(chunks)} files")
-    print(f"{zero:,} bad clips (all zeros) and {padded:,} short ones (padded with silence): see {data}/bad_clips.csv")
-    if zero > TOO_MANY_BAD * n_clips:
-        many = f"{zero:,} of {n_clips:,} clips are bad, more than {TOO_MANY_BAD:.0%}"
-        raise InputError(f"{data}: {many}; the dump is kept, but if audio was missing, start over with --overwrite")
+    kinds = ", ".join(f"{outcomes.get(kind, 0):,} {words}" for kind, words in OUTCOMES.items())
+    print(f"of these clips, {kinds}: see {data}/bad_clips.csv; --retry-bad tries them again")
+    if outcomes["zero"] > TOO_MANY_BAD * n_clips:
+        many = f"{outcomes['zero']:,} of {n_clips:,} clips are bad, more than {TOO_MANY_BAD:.0%}"
+        raise InputError(f"{data}: {many}; the dump is kept; if audio was missing, add it and use --retry-bad")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def print_summary(settings, checkpoint, dump, net, device):
     print(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
     print(f"clips      {train} training, {validation} validation, {test} test{bad}")
     print(f"tags       {n_tags} tags{fewer}")
+    print(end=dump.note_on_table())
     print(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
     print(f"machine    {device}, {settings.precision}{' with TF32 matrix products' * tf32}, {world_size()} process(es)")
     print(f"schedule   {settings.epochs} epochs, learning rate {settings.learning_rate:g}")

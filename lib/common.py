@@ -52,8 +52,9 @@ def run(main, to_continue="the same command resumes"):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell's >&-
             setattr(sys, name, open(os.devnull, "w"))
-    # Line buffering lets a log file show the progress; backslashreplace prints any file name
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # a notebook's output has no such settings
+        # Line buffering lets a log file show the progress; backslashreplace prints any file name
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         status = main()
     except KeyboardInterrupt:
@@ -68,6 +69,14 @@ def run(main, to_continue="the same command resumes"):
         print(f"error: {reason(error)}{f'; make room, then {to_continue}' if full else ''}", file=sys.stderr)
         status = 1
     sys.exit(status)
+
+
+def writable(folder, remedy):
+    """Return `folder`, made if it is missing. Raises InputError, with the `remedy`, if it can't be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder}: not writable, and the results go there; {remedy}")
+    return folder
 
 
 def report_interrupt(previous, kind, error, traceback):
@@ -139,6 +148,15 @@ def whole_file(path, mode="wb", durable=True, **options):
         raise
 
 
+@contextlib.contextmanager
+def optional_picture(path):
+    """Turn whatever goes wrong while `path` is drawn into a note: training and scores are worth more."""
+    try:
+        yield
+    except Exception as error:
+        print(f"note: {path}: no picture drawn ({reason(error)})", file=sys.stderr)
+
+
 def write_table(path, rows, **options):
     """Write `rows`, each a sequence of values, as a CSV file; `options` are those of csv.writer."""
     with whole_file(path, "w", encoding="utf-8", newline="") as file:
@@ -149,11 +167,16 @@ def write_table(path, rows, **options):
 def lock(path):
     """Let one process at a time work on the file `path`, which need not exist.
 
-    The lock is released when its process dies; its file, `.<name>.lock`, remains. Raises InputError if another
-    process holds it.
+    The lock is released when its process dies; its file, `.<name>.<folder's inode>.lock`, remains, and means nothing
+    in a copy of the folder. Raises InputError if another process holds it; on a file system without flock, where the
+    file itself is the lock, also if that process was killed on another machine.
     """
+    file = path.with_name(f".{path.name}.{path.parent.stat().st_ino}.lock")
     try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
-            yield
+        with naming(file):
+            held = FileLock(file, timeout=LOCK_SECONDS).acquire()
     except Timeout:
-        raise InputError(f"{path}: in use by another process; wait until it ends, or write elsewhere") from None
+        remedy = f"wait until it ends; if there is none on any machine, delete {file}"
+        raise InputError(f"{path}: in use by another process; {remedy}") from None
+    with held:
+        yield

@@ -5,10 +5,13 @@ A data folder's dump is spectrograms_<i>.npy (clips, 128, 628) float32, the tabl
 says what the dump was made from and, once it is complete, the CRC-32 of each table.
 """
 
+import csv
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -18,6 +21,7 @@ from joblib import cpu_count
 
 from lib.audio import N_FRAMES, N_MELS
 from lib.common import InputError, lock, progress, whole_file
+from tags import annotations_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
@@ -28,7 +32,7 @@ RECORD = np.dtype([("crc32", "<u4"), ("outcome", "S6"), ("reason", "S200")])
 class Chunk:
     """One file of the dump, made by one process: the clips of `rows`, a range of the annotations' rows.
 
-    Until the dump is complete, a file of RECORDs lies beside it. Each is appended after its clip, so the file's length
+    Until the dump is complete, a file of RECORDs lies beside it. Each is written after its clip, so the file's length
     says how many clips are done.
     """
 
@@ -58,30 +62,35 @@ class Chunk:
         return self.n_done() == len(self.rows) and self.has_all_bytes() and not self.partial.exists()
 
     def resume(self):
-        """Open the unfinished files after the last intact clip; return how many clips there are.
+        """Open the unfinished files; return the places of the clips that are still to be made, in order.
 
         The caller holds the lock on the chunk's path.
         """
-        n_done, expected = 0, checksums(self.records())
+        expected = checksums(self.records())
         self.partial.touch()
         self.log.touch()
-        # Not "ab": append mode would write after bytes that another process added
-        self.clips, self.record = clips, record = open(self.partial, "r+b"), open(self.log, "r+b")
-        clips.write(self.header)
-        for checksum in expected:
-            if zlib.crc32(clips.read(CLIP_BYTES)) != checksum:  # a power cut may keep a record and lose its clip
-                break
-            n_done += 1
-        clips.truncate(clips.seek(len(self.header) + n_done * CLIP_BYTES))
-        record.truncate(record.seek(n_done * RECORD.itemsize))
-        return n_done
+        self.clips, self.record = open(self.partial, "r+b"), open(self.log, "r+b")
+        self.clips.write(self.header)
+        # A power cut may keep a record and lose its clip
+        lost = [place for place, crc in enumerate(expected) if zlib.crc32(self.clips.read(CLIP_BYTES)) != crc]
+        self.clips.truncate(len(self.header) + len(expected) * CLIP_BYTES)
+        return [*lost, *range(len(expected), len(self.rows))]
 
-    def append(self, spectrogram, outcome="", reason=""):
-        """Write the next clip: (128, 628) float32."""
+    def reopen(self, records, retry_bad):
+        """Write the finished file's RECORDs again; if it has bad clips to retry, also make it an unfinished one."""
+        with whole_file(self.log) as file:
+            file.write(records.tobytes())
+        if retry_bad and records["outcome"].any():
+            shutil.copyfile(self.path, self.partial)  # a training may be reading the file itself
+
+    def write(self, place, spectrogram, outcome="", reason=""):
+        """Write the clip at `place`, the next one or one that is there: (128, 628) float32."""
         clip = spectrogram.astype("<f4").tobytes()
         record = np.zeros(1, RECORD)
         record[0] = zlib.crc32(clip), outcome.encode(), " ".join(reason.split()).encode(errors="replace")
         record["crc32"] = checksums(record)  # XOR with the texts' CRC-32 adds it here, and removes it when read
+        self.clips.seek(len(self.header) + place * CLIP_BYTES)
+        self.record.seek(place * RECORD.itemsize)
         for file, content in ((self.clips, clip), (self.record, record.tobytes())):
             file.write(content)
             file.flush()
@@ -147,6 +156,12 @@ def hex_crc32(content, start=0):
     return f"{zlib.crc32(content, start):08x}"
 
 
+def annotations_sha256(data):
+    """Return the SHA-256 of the table of annotations in folder `data` in hexadecimal digits, None if there is none."""
+    table = annotations_file(data)
+    return hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else None
+
+
 class Dump:
     """A complete dump, memory-mapped: a Dataset of (128, 628) float32 spectrograms, with the tables of its clips.
 
@@ -196,23 +211,46 @@ class Dump:
         Returns, from the same pass, each clip's sums and sums of squares over frames: (2, clips, 128) float64.
         """
         rows = range(len(self)) if rows is None else rows
-        has_checksums = "checksums.npy" in self.manifest["crc32"]
-        checksums = self._load("checksums.npy") if has_checksums else None
+        expected = self.checksums()
 
         def band_sums(row):
             clip = self[row]
-            if has_checksums:
-                self._require(zlib.crc32(clip) == checksums[row], self.chunks[row // len(self.spectrograms[0])].path)
+            self._require(zlib.crc32(clip) == expected[row], self.chunks[row // len(self.spectrograms[0])].path)
             clip = clip.astype(np.float64)
             return clip.sum(axis=1), np.einsum("bt,bt->b", clip, clip)
 
-        if not has_checksums:  # a dump of an earlier version has a checksum for each file
-            for chunk, clips in zip(self.chunks, self.spectrograms):
-                crc = hex_crc32(clips, zlib.crc32(chunk.header))
-                self._require(crc == self.manifest["crc32"][chunk.path.name], chunk.path)
         with ThreadPoolExecutor(cpu_count()) as pool:
             sums = pool.map(band_sums, rows)
             return np.swapaxes(list(progress(sums, "verifying", len(rows), unit="clip", delay=1, leave=False)), 0, 1)
+
+    def records(self):
+        """Return the RECORD of each clip, as it was before the dump was complete."""
+        path, bad = self.data / "bad_clips.csv", {}
+        with suppress(OSError, csv.Error), open(path, encoding="utf-8", errors="replace", newline="") as file:
+            bad = {row[0]: row[2:] for row in csv.reader(file) if len(row) == 4}
+        records = np.zeros(len(self), RECORD)
+        records["crc32"] = self.checksums()
+        for record, clip in zip(records, self.ids.tolist()):
+            record["outcome"], record["reason"] = (text.encode() for text in bad.get(str(clip), ("", "")))
+        for outcome, n_clips in self.manifest["outcomes"].items():  # people edit tables
+            self._require(np.sum(records["outcome"] == outcome.encode()) == n_clips, path)
+        records["crc32"] = checksums(records)  # adds the texts' part
+        return records
+
+    def checksums(self):
+        """Return the CRC-32 of each clip: (clips,) uint32."""
+        if "checksums.npy" in self.manifest["crc32"]:
+            return self._load("checksums.npy")
+        for chunk, clips in zip(self.chunks, self.spectrograms):  # a dump of an earlier version has one for each file
+            crc = hex_crc32(clips, zlib.crc32(chunk.header))
+            self._require(crc == self.manifest["crc32"][chunk.path.name], chunk.path)
+        return np.array([zlib.crc32(clip) for clip in self], np.uint32)
+
+    def note_on_table(self):
+        """Return a note if the table of annotations is no longer that of the dump's tags, else ""."""
+        changed = annotations_sha256(self.data) not in (None, self.manifest["annotations_sha256"])
+        table = annotations_file(self.data)
+        return f"note: {table} has changed; gen_spectrograms.py renews the dump's tags\n" if changed else ""
 
     def gather(self, rows, normalization, out):
         """Copy the spectrograms of `rows` into `out` (rows, 128, 628) float32, normalised per mel band."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lib.checkpoint import load_checkpoint, save
-from lib.common import InputError, lock, whole_file, write_table
+from lib.common import InputError, lock, optional_picture, whole_file, write_table
 from lib.parallel import rank, world_size
 
 MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}  # when a run resumes
@@ -68,8 +68,6 @@ def hyperparameters(settings):
 
 def write_outputs(folder, checkpoint, is_last):
     """Write the files derived from last.pt; at epoch 0, first delete those of an earlier experiment in the folder."""
-    from lib.figures import training_curves  # matplotlib takes a while to import
-
     history, curves = checkpoint["history"], folder / "curves.png"
     if len(history) == 1:
         for path in [path for pattern in OUTPUTS.split() for path in folder.glob(pattern)]:
@@ -80,4 +78,7 @@ def write_outputs(folder, checkpoint, is_last):
         json.dump(checkpoint["hyperparameters"], file, indent=1)
     write_table(folder / "history.csv", [history[0], *(row.values() for row in history)])
     if is_last or not curves.exists() or time.time() - curves.stat().st_mtime > SECONDS_BETWEEN_PICTURES:
-        training_curves(curves, history, synthetic=checkpoint["synthetic"])
+        with optional_picture(curves):
+            from lib.figures import training_curves  # matplotlib takes a while to import
+
+            training_curves(curves, history, synthetic=checkpoint["synthetic"])

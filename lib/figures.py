@@ -5,15 +5,18 @@ Okabe and Ito's, or change in lightness; no information relies on colour alone.
 """
 
 import contextlib
+import os
 import textwrap
 import warnings
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's does not exist outside of it, and a file needs none
 
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from lib.audio import HOP_LENGTH, SAMPLE_RATE
+from lib.audio import HOP_LENGTH, SAMPLE_RATE, import_librosa
 from lib.common import whole_file
 from lib.scores import format_score, macro
 
@@ -150,12 +153,10 @@ def taggram(path, log_mel, tag_names, times, probabilities, title, n_tags=None, 
     `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
     in seconds, `probabilities` (windows, tags). Each moment shows the window whose centre is nearest.
     """
-    from librosa import mel_frequencies  # takes a second to import
-
     n_bands, n_frames = log_mel.shape
     duration = n_frames * HOP_LENGTH / SAMPLE_RATE
     decibels = 10 * np.log10(np.e) * (log_mel - log_mel.max())
-    centres = mel_frequencies(n_bands + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]  # of the bands, in Hz
+    centres = import_librosa().mel_frequencies(n_bands + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]  # of the bands, in Hz
     ticks = [128, 256, 512, 1024, 2048, 4096]
     order = np.argsort(-probabilities.mean(axis=0), kind="stable")[:n_tags]
     edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from joblib import cpu_count
 
-from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, log_mel
-from lib.common import InputError, lock, progress, reason, whole_file
+from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, load, log_mel
+from lib.common import InputError, lock, naming, optional_picture, progress, reason, whole_file, writable
 from lib.dump import hex_crc32
 from lib.loader import load_ahead
-from lib.tagger import Tagger, audio_files, windows
+from lib.tagger import Tagger, audio_files
 
-INEXACT_SECONDS = 0.5  # an intact mp3 file may be this much shorter than its header promises
+LONGEST_NAME = 200  # bytes of a file's name in its picture's; file systems allow 255 in all
+ELSEWHERE = "--output names another folder"
+MOST_THREADS = 8  # files that are tagged at a time; each may be hours long
 
 
 def tag_files(settings, checkpoint_path):
@@ -26,40 +28,39 @@ def tag_files(settings, checkpoint_path):
         raise InputError("--tag: needs audio files, or folders of them, after it")
     if settings.csv and (settings.json or settings.taggram):
         raise InputError("--csv: writes a table and nothing else; leave out --json and --taggram")
-    # The decoders' C libraries comment on each damaged frame on file descriptor 2, which is no longer sys.stderr
-    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    folder = settings.output or checkpoint_path.parent  # of taggrams
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
     if tagger.synthetic:
         print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little", file=sys.stderr)
-    files = audio_files(settings.tag)
+    if settings.taggram:
+        writable(folder, ELSEWHERE)
+    files, n_others = audio_files(settings.tag)
+    if n_others:
+        print(f"note: {n_others:,} file(s) of other formats left out", file=sys.stderr)
     if settings.csv:
         return min(1, tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files))
     try:
-        return min(1, print_tags(settings, tagger, checkpoint_path.parent, files))
+        return min(1, print_tags(settings, tagger, folder, files))
     except BrokenPipeError:  # the reader of the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def tagged(tagger, files):
     """Yield (path, samples, {tag: probability}, note) for each file; without tags, the note says why."""
-    import soundfile
 
     def tag(path):
         try:
             if os.path.isdir(path):
                 raise InputError("a folder without audio files, or one that can't be listed")
-            samples = tagger.samples(path)
-            tags = tagger.tags(tagger.spectrograms(windows(samples)))
-            promised, read = soundfile.info(os.fsencode(path)).duration, len(samples) / SAMPLE_RATE
-            cut_off = f"only the first {read:.1f} s of {promised:.1f} s could be read"
-            return path, samples, tags, cut_off if read <= promised - INEXACT_SECONDS else ""
+            samples, note = load(path)
+            return path, samples, tagger.tags(samples), note
         except Exception as error:  # one unreadable file, whatever is wrong with it, must not stop the others
             return path, None, {}, reason(error).removeprefix(f"{path}: ")
 
     if len(files) > 1:
         torch.set_num_threads(1)  # each thread has its own file
-    return load_ahead(tag, files, n_ahead=cpu_count(), n_threads=cpu_count())
+    n_threads = min(cpu_count(), MOST_THREADS)
+    return load_ahead(tag, files, n_ahead=n_threads, n_threads=n_threads)
 
 
 def print_tags(settings, tagger, folder, files):
@@ -76,7 +77,8 @@ def print_tags(settings, tagger, folder, files):
             if not settings.json:
                 print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
             if settings.taggram:
-                draw_taggram(tagger, samples, settings.top, path, picture_of(path, folder, pictures))
+                with optional_picture(picture := picture_of(path, folder, pictures)):
+                    draw_taggram(tagger, samples, settings.top, path, picture)
     finally:  # after Ctrl-C too
         if settings.json:
             print(json.dumps(found, indent=1, allow_nan=False))
@@ -97,7 +99,7 @@ def tag_library(table, tagger, checkpoint, files):
         done = {row[0] for row in rows}
         missing = [file for file in files if str(file) not in done]
         print(f"{table}: already has {len(files) - len(missing):,} of {len(files):,} files")
-        with open(table, "a", encoding="utf-8", **encoding) as file:
+        with naming(table), open(table, "a", encoding="utf-8", **encoding) as file:
             for path, samples, tags, note in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
                 n_errors += not tags
                 seconds = f"{len(samples) / SAMPLE_RATE:.1f}" if tags else ""
@@ -116,7 +118,7 @@ def rows_to_keep(table, header, stamps, checkpoint):
     text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
     text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
     found, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
-    if found != header or any(row[-2] != checkpoint for row in rows):
+    if found != header or any(len(row) != len(header) or row[-2] != checkpoint for row in rows):
         raise InputError(f"{table}: not a table of this checkpoint; move it away, or give --csv another name")
     return [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
 
@@ -125,7 +127,10 @@ def picture_of(path, folder, pictures):
     """Return the path of a file's taggram: its name, after as many folders as tell it from others in `pictures`."""
     file = Path(os.path.abspath(path))
     for n_parts in range(1, len(file.parts)):
-        picture = folder / f"taggram_{'_'.join(file.parts[-n_parts:])}.png"
+        name = "_".join(file.parts[-n_parts:])
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            name = f"{hex_crc32(bytes(file))}_{name[-LONGEST_NAME // 4 :]}"  # 4 bytes a character at most
+        picture = folder / f"taggram_{name}.png"
         if pictures.setdefault(picture, file) == file:
             break
     return picture
@@ -143,7 +148,7 @@ def draw_taggram(tagger, samples, n_tags, path, picture):
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
     mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
     clips = [mirrored[centre : centre + CLIP_SAMPLES] for centre in centres]
-    times, probabilities = centres / SAMPLE_RATE, tagger.probabilities(tagger.spectrograms(clips))
+    times, probabilities = centres / SAMPLE_RATE, tagger.probabilities(clips)
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
     title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
     figures.taggram(picture, spectrogram, tagger.tag_names, times, probabilities, title, n_tags, tagger.synthetic)

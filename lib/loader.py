@@ -56,17 +56,17 @@ def load_ahead(load, items, n_ahead, n_threads):
 
 @torch.no_grad()
 def predict(net, loader, rows, batch_size):
-    """Return the probabilities of the dump's `rows`: (rows, tags) float64. Raises InputError if one is not finite."""
+    """Return the probabilities of the dump's `rows`: (rows, tags) float64."""
     net.eval()
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     bar = progress(loader.batches(batches), "predicting", len(batches), unit="batch", delay=1, leave=False)
     with autocast(loader.device, loader.precision):
-        probabilities = to_probabilities(torch.cat([net(spectrograms) for spectrograms, _ in bar]))
-    if not np.isfinite(probabilities).all():
-        raise InputError("the network's outputs are not finite; train with a lower --learning-rate")
-    return probabilities
+        return to_probabilities(torch.cat([net(spectrograms) for spectrograms, _ in bar]))
 
 
 def to_probabilities(logits):
-    """Return the sigmoid of `logits` as a NumPy array of float64."""
-    return torch.sigmoid(logits.cpu().double()).numpy()  # on the CPU: Apple's GPUs have no float64
+    """Return the sigmoid of `logits` as a NumPy array of float64. Raises InputError if one is NaN."""
+    probabilities = torch.sigmoid(logits.cpu().double()).numpy()  # on the CPU: Apple's GPUs have no float64
+    if np.isnan(probabilities).any():
+        raise InputError("the network's outputs are not finite; train again, with a lower --learning-rate")
+    return probabilities

@@ -86,14 +86,14 @@ def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar",
         lines.append("\t".join([str(101 + clip), *(str(int(tag)) for tag in tags), f"{'09cdf'[clip % 5]}/{clip}.mp3"]))
     (data / "tags.csv").write_text("\n".join(lines))
     annotations = read_annotations(data / "tags.csv")
-    plan = plan_dump(data / "tags.csv", annotations, n_chunks)
+    plan = plan_dump(data, n_clips, n_chunks)
     chunks = divide(data, n_clips, n_chunks)
     with lock(data / MANIFEST):
         start_or_resume(data, plan)
         for chunk in chunks:
             chunk.resume()
-            for _ in chunk.rows:
-                chunk.append(rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
+            for place in range(len(chunk.rows)):
+                chunk.write(place, rng.normal(-5, 3, (N_MELS, N_FRAMES)).astype(np.float32))
             chunk.finish()
         finish(data, plan, annotations, chunks)
     return data

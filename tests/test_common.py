@@ -2,11 +2,16 @@
 
 import dataclasses
 import errno
+import fcntl
 import importlib
+import io
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -47,6 +52,48 @@ def test_a_closed_output_is_no_traceback(tmp_path):
     command = f"{sys.executable} {ROOT}/tags.py --data {tmp_path} >&-"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_notebooks_output_is_good_enough(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no reconfigure() either
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: None)
+    assert stop.value.code is None
+
+
+def test_a_lock_names_its_file_and_means_nothing_in_a_copy(tmp_path, monkeypatch):
+    """On a file system without flock, a killed process on another machine leaves its lock for ever."""
+    monkeypatch.setattr(common, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no flock")))
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    with warnings.catch_warnings(action="ignore"), common.lock(folder / "last.pt"):
+        (left,) = folder.iterdir()
+        content = left.read_text()
+    left.write_text(content.replace(socket.gethostname(), "another-machine"))
+    with warnings.catch_warnings(action="ignore"):
+        with (
+            pytest.raises(common.InputError, match=f"last.pt: in use.* delete {left}$"),
+            common.lock(folder / "last.pt"),
+        ):
+            pass
+        copied = shutil.copytree(folder, tmp_path / "copy")
+        with common.lock(copied / "last.pt"):
+            pass
+
+
+def test_a_locks_error_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks available")))
+    with pytest.raises(OSError, match=r"\.last\.pt\..*lock"), common.lock(tmp_path / "last.pt"):
+        pass
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_note(tmp_path, capsys):
+    with common.optional_picture(tmp_path / "curves.png"):
+        raise RuntimeError("no fonts")
+    assert capsys.readouterr().err == f"note: {tmp_path}/curves.png: no picture drawn (RuntimeError: no fonts)\n"
+    with pytest.raises(KeyboardInterrupt), common.optional_picture(tmp_path / "curves.png"):
+        raise KeyboardInterrupt
 
 
 def test_ctrl_c_says_what_goes_on(capsys):

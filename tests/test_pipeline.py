@@ -15,6 +15,7 @@ N_CLIPS = 12
 
 def test_from_download_to_test_score(tmp_path, run_script, call_script, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as a notebook leaves it
     rendered = tmp_path / "demo"
     render(rendered, n_clips=N_CLIPS, seed=1)
     clips = {str(clip.relative_to(rendered)): clip.read_bytes() for clip in rendered.glob("?/*.mp3")}
@@ -35,7 +36,7 @@ def test_from_download_to_test_score(tmp_path, run_script, call_script, monkeypa
 
     shutil.copy(rendered / "SYNTHETIC.txt", data)  # as in the demo's folder
     done = run_script("gen_spectrograms.py", "--data", data)
-    assert f"{N_CLIPS} spectrograms" in done.stdout and "0 bad clips" in done.stdout and "0 short" in done.stdout
+    assert f"{N_CLIPS} spectrograms" in done.stdout and "0 bad (all zeros), 0 short" in done.stdout
     assert sum(len(np.load(data / f"spectrograms_{index}.npy")) for index in range(8)) == N_CLIPS
 
     assert f"{N_CLIPS} clips" in call_script("tags.py", "--data", data).stdout
@@ -51,3 +52,4 @@ def test_from_download_to_test_score(tmp_path, run_script, call_script, monkeypa
     shown = "undefined" if value is None else f"{value:.4f}"
     assert trained.endswith(f"test ROC-AUC {shown}"), "training and evaluation agree"
     assert results["test"]["leakage"] is not None and results["synthetic"] is True
+    assert (experiments / "tiny/curves.png").exists() and (experiments / "tiny/per_tag.png").exists()

@@ -14,11 +14,11 @@ import torch
 
 from conftest import ROOT
 from evaluate import Tagger
-from lib import figures
+from lib import figures, library
 from lib.audio import log_mel_spectrogram
 from lib.common import InputError
 from lib.library import draw_taggram, picture_of
-from lib.tagger import windows
+from lib.tagger import audio_files, windows
 from test_evaluate import make_checkpoint
 
 
@@ -60,6 +60,48 @@ def test_windows_are_as_few_as_cover_the_recording_at_even_distances():
     assert starts_of_windows(clip + hop + 1) == [0, hop + 1]
 
 
+def test_a_short_recording_is_repeated_to_fill_a_window(tagger):
+    samples = music(10)[:, 0]
+    (window,) = windows(samples)
+    assert np.array_equal(window, np.concatenate([samples, samples, samples])[: 627 * 512])
+    assert tagger(samples, 11025) == pytest.approx(tagger(np.resize(samples, 627 * 512), 11025), abs=1e-9)
+
+
+def test_a_folder_is_followed_through_links_once_and_its_hidden_folders_are_not(tmp_path):
+    music, album, elsewhere = tmp_path / "music", tmp_path / "music/album", tmp_path / "elsewhere"
+    for path in (
+        album / "1.mp3",
+        album / "cover.jpg",
+        elsewhere / "2.M4A",
+        music / ".AppleDouble/1.mp3",
+        music / "3.wma",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (music / "linked").symlink_to(elsewhere)
+    (music / "same").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(music)
+    found, n_others = audio_files([music, album])
+    assert found == [music / "3.wma", album / "1.mp3", music / "linked/2.M4A"] and n_others == 1
+    assert audio_files([album, elsewhere, music])[0] == [album / "1.mp3", elsewhere / "2.M4A", elsewhere / "up/3.wma"]
+    assert audio_files([album, tmp_path / "none"])[0] == [album / "1.mp3", tmp_path / "none"]
+
+
+def test_a_picture_has_a_name_that_file_systems_allow(tmp_path):
+    pictures, songs = {}, [tmp_path / folder / f"{'ä' * 120}.mp3" for folder in ("one", "two")]
+    names = [picture_of(song, tmp_path, pictures).name for song in songs]
+    assert names[0] != names[1] and max(len(os.fsencode(f"{name}.partial")) for name in names) <= 255
+
+
+def test_as_many_files_are_tagged_at_a_time_as_there_are_cores_but_eight_at_most(tagger, monkeypatch):
+    asked = []
+    monkeypatch.setattr(library, "load_ahead", lambda *_, n_ahead, n_threads: asked.append((n_ahead, n_threads)))
+    for n_cores in (3, 192):
+        monkeypatch.setattr(library, "cpu_count", lambda: n_cores)
+        library.tagged(tagger, [])
+    assert asked == [(3, 3), (8, 8)]
+
+
 def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
     samples = music(60)[:, 0]
     excess, expected = len(samples) - 627 * 512, []
@@ -81,7 +123,7 @@ def test_a_column_of_a_taggram_is_the_answer_for_the_clip_around_it(tagger, tmp_
     mirrored = np.concatenate([samples[half - 1 :: -1], samples, samples[: -half - 1 : -1]])
     for column in (0, 16, 32):
         centre = int(times[column] * 11025 + 0.5)
-        expected = tagger.probabilities(tagger.spectrograms([mirrored[centre : centre + 2 * half]]))
+        expected = tagger.probabilities([mirrored[centre : centre + 2 * half]])
         assert probabilities[column] == pytest.approx(expected[0], abs=1e-6)
 
 
@@ -131,19 +173,21 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     soundfile.write(folder / "low.wav", music(3, 8000), 8000)
     os.rename(folder / "low.wav", folder / "low \udce9.wav")  # a name that is not UTF-8
     (folder / "notes.txt").write_text("not music")
-    good = [tmp_path / "cut.mp3", folder / "CD1/01.ogg", folder / "CD2/01.ogg", folder / "low \udce9.wav"]
-    bad = [*(tmp_path / name for name in ("damaged.mp3", "broken.mp3", "missing.wav")), folder / "empty"]
+    partly = [tmp_path / "cut.mp3", tmp_path / "damaged.mp3"]
+    good = [*partly, folder / "CD1/01.ogg", folder / "CD2/01.ogg", folder / "low \udce9.wav"]
+    bad = [*(tmp_path / name for name in ("broken.mp3", "missing.wav")), folder / "empty"]
 
     arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--taggram", "--json", "--top", 2]
-    done = run_script("evaluate.py", *arguments, "--tag", *bad, good[0], folder, status=1)
+    done = run_script("evaluate.py", *arguments, "--tag", *bad, *partly, folder, status=1)
     found = json.loads(done.stdout)
     assert list(found) == [str(path) for path in good]
     for path, tags in found.items():
         assert tags == pytest.approx(dict(list(tagger(path).items())[:2]), abs=1e-6), "alone it is tagged the same"
     lines = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
-    synthetic, note = (line for line in lines if line.startswith("note: "))
-    assert "SYNTHETIC" in synthetic
-    assert re.fullmatch(rf"note: {tmp_path}/cut.mp3: only the first (9|10)\.\d s of 20.0 s could be read", note)
+    synthetic, others, note, damage = (line for line in lines if line.startswith("note: "))
+    assert "SYNTHETIC" in synthetic and others == "note: 1 file(s) of other formats left out"
+    assert damage == f"note: {tmp_path}/damaged.mp3: 1 packet(s) left out: damaged, or no audio"
+    assert re.fullmatch(rf"note: {tmp_path}/cut.mp3: only (9|10)\.\d s of 20.0 s could be read", note)
     errors = [line for line in lines if not line.startswith("note: ")]  # none of the decoder's
     assert len(errors) == len(bad) and all(any(f"error: {path}: " in line for line in errors) for path in bad)
     for picture in ("cut.mp3", "01.ogg", "CD2_01.ogg", "low \udce9.wav"):
@@ -156,7 +200,8 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "best.pt")
     command = f"{sys.executable} {ROOT}/evaluate.py --device cpu --checkpoint {checkpoint} --tag {tmp_path} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr.startswith("note: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 0 and done.stderr.endswith("note: 1 file(s) of other formats left out\n")
+    assert done.stderr.startswith("note: ") and done.stderr.count("\n") == 2
     assert done.stdout.startswith(f"{tmp_path}/0.flac: ")
 
 

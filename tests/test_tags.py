@@ -47,6 +47,7 @@ def test_quotes_line_ends_and_a_byte_order_mark_are_optional(tmp_path):
         (TABLE.split("\r\n", 1)[1], "line 1: no header"),
         (TABLE.replace('"guitars"', '"guitar"'), "line 1: every column needs a unique name ('guitar')"),
         (TABLE.encode() + b'"\xff\xfe"', "not a tab-separated text table"),
+        (TABLE.replace("\t", ",").replace(chr(34), ""), "line 1: no tabs between columns"),
         ("", "contains no clips"),
     ],
 )

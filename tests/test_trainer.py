@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 from conftest import ROOT, write_dump
 from evaluate import clips_of
 from lib.checkpoint import load_checkpoint, save
@@ -130,7 +131,7 @@ def test_only_where_and_how_long_may_differ_when_a_run_resumes(uninterrupted, tm
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def test_nothing_is_deleted_before_everything_is_checked(uninterrupted, small, tmp_path, call_script):
@@ -259,3 +260,26 @@ def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_
     done = call_script("evaluate.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path)
     assert "ROC-AUC            undefined" in done.stdout and "nan" not in done.stdout
     json.loads((tmp_path / "paper/results.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
+
+
+def test_labels_that_were_corrected_after_the_dump_are_not_ignored_in_silence(small, tmp_path, call_script):
+    data = shutil.copytree(small, tmp_path / "data")
+    arguments = ["--data", data, "--experiments", tmp_path]
+    assert "has changed" not in call_script("trainer.py", *arguments, *TINY, "--epochs", 0).stdout
+    (data / "tags.csv").write_text((data / "tags.csv").read_text().replace("\t1\t", "\t0\t"))
+    for command in (["trainer.py", *arguments, *TINY, "--epochs", 0, "--overwrite"], ["evaluate.py", *arguments]):
+        printed = call_script(*command).stdout
+        assert "tags.csv has changed; gen_spectrograms.py renews the dump's tags\n" in printed
+
+
+def test_where_a_run_may_not_write_is_said_before_it_computes(uninterrupted, small, tmp_path, call_script, monkeypatch):
+    folder = uninterrupted[0]
+    monkeypatch.setattr(evaluate.Dump, "verify", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr(os, "access", lambda path, _: path != folder)
+    arguments = ["--data", small, "--checkpoint", folder / "best.pt"]
+    error = call_script("evaluate.py", *arguments, status=1).stderr
+    assert error == f"error: {folder}: not writable, and the results go there; --output names another folder\n"
+    monkeypatch.undo()
+    before = contents(folder)
+    call_script("evaluate.py", *arguments, "--output", tmp_path / "elsewhere", "--resamples", 9)
+    assert contents(folder) == before and (tmp_path / "elsewhere/results.json").exists()
