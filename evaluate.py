@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.common import ROOT, Count, InputError, Seed, number, optional_picture, run, whole_file, writable
-from lib.common import write_table
+from lib.common import ROOT, Count, InputError, Seed, number, optional_picture, require_writable, run
+from lib.common import whole_file, write_table
 
 import numpy as np
 import tyro
@@ -68,7 +68,7 @@ def main():
         return tag_files(settings, path)
     ours = Evaluation(settings, path)
     print(end=ours.dump.note_on_table())
-    writable(ours.output, ELSEWHERE)
+    require_writable(ours.output, ELSEWHERE)
     if settings.against:
         return compare(ours, Evaluation(settings, settings.experiments / settings.against / "best.pt"))
 
@@ -96,11 +96,8 @@ class Evaluation:
     """
 
     def __init__(self, settings, path):
-        self.settings, self.output, self.device = (
-            settings,
-            settings.output or path.parent,
-            choose_device(settings.device),
-        )
+        self.settings, self.device = settings, choose_device(settings.device)
+        self.output = settings.output or path.parent
         self.checkpoint, self.dump = load_checkpoint(path), Dump(settings.data)
         self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
         has_info = (settings.data / "clip_info_final.csv").exists()

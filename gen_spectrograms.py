@@ -21,8 +21,8 @@ import tyro
 
 from lib.audio import CLIP_SAMPLES, CLIP_SAMPLES_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
 from lib.audio import load, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
-from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, run
-from lib.common import whole_file, writable, write_table
+from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, require_writable
+from lib.common import run, whole_file, write_table
 from lib.dump import CLIP_BYTES, MANIFEST, Dump, annotations_sha256, checksums, chunk_files, delete_dump, divide
 from lib.dump import hex_crc32, read_manifest, write_manifest
 from tags import annotations_file, read_annotations
@@ -46,7 +46,9 @@ def main():
     settings = tyro.cli(Settings, description=__doc__)
     annotations = read_annotations(annotations_file(settings.data))
     audio = shlex.quote(str(settings.data.resolve()))
-    writable(settings.data, f"make a folder of links (mkdir dump && ln -s {audio}/* dump) and give it as --data")
+    require_writable(
+        settings.data, f"make a folder of links (mkdir dump && ln -s {audio}/* dump) and give it as --data"
+    )
     chunks = divide(settings.data, len(annotations.ids), settings.n_chunks)
     if wrong := set(settings.chunks) - set(range(settings.n_chunks)):
         raise InputError(f"--chunks {min(wrong)}: there are {settings.n_chunks}, numbered from 0")
@@ -107,7 +109,7 @@ def reopen(settings, plan, annotations, chunks):
     return read_manifest(settings.data)
 
 
-def make_chunks(chunks, plan, mp3_paths, retry_bad=False):
+def make_chunks(chunks, plan, mp3_paths, retry_bad):
     """Make each of `chunks` in a process of its own, showing a progress bar. `mp3_paths` are those of all clips.
 
     The first exception of a worker ends all of them and is raised here. Raises InputError if a worker was killed.
@@ -137,7 +139,7 @@ def make_chunks(chunks, plan, mp3_paths, retry_bad=False):
 
 
 def make_chunk(chunk, plan, mp3_paths, retry_bad, failures):
-    """Worker process: make one chunk, from its first missing clip; before, if `retry_bad`, its bad clips again."""
+    """Worker process: make the missing clips of one chunk and, if `retry_bad`, its bad ones again."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends the workers
     keep_freed_memory()
     try:

@@ -142,10 +142,8 @@ def _read_table(path):
         raise InputError(f"{path}: contains no clips")
     (_, header), *lines = lines
     if len(header) < 3 or header[0] != "clip_id" or header[-1] != "mp3_path":
-        fault = (
-            "no header; it must begin with clip_id and end with mp3_path" if header[1:] else "no tabs between columns"
-        )
-        raise InputError(f"{path}, line 1: {fault}")
+        expected = "no header; it must begin with clip_id and end with mp3_path"
+        raise InputError(f"{path}, line 1: {expected if header[1:] else 'no tabs between columns'}")
     if wrong := {name for name in header if not name or header.count(name) > 1}:
         raise InputError(f"{path}, line 1: every column needs a unique name ({', '.join(map(repr, wrong))})")
     rows = {}

@@ -71,12 +71,11 @@ def run(main, to_continue="the same command resumes"):
     sys.exit(status)
 
 
-def writable(folder, remedy):
-    """Return `folder`, made if it is missing. Raises InputError, with the `remedy`, if it can't be written to."""
+def require_writable(folder, remedy):
+    """Make `folder` if it is missing. Raises InputError, with the `remedy`, if it can't be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise InputError(f"{folder}: not writable, and the results go there; {remedy}")
-    return folder
 
 
 def report_interrupt(previous, kind, error, traceback):

@@ -12,7 +12,7 @@ import torch
 from joblib import cpu_count
 
 from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, load, log_mel
-from lib.common import InputError, lock, naming, optional_picture, progress, reason, whole_file, writable
+from lib.common import InputError, lock, naming, optional_picture, progress, reason, require_writable, whole_file
 from lib.dump import hex_crc32
 from lib.loader import load_ahead
 from lib.tagger import Tagger, audio_files
@@ -33,7 +33,7 @@ def tag_files(settings, checkpoint_path):
     if tagger.synthetic:
         print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little", file=sys.stderr)
     if settings.taggram:
-        writable(folder, ELSEWHERE)
+        require_writable(folder, ELSEWHERE)
     files, n_others = audio_files(settings.tag)
     if n_others:
         print(f"note: {n_others:,} file(s) of other formats left out", file=sys.stderr)
