@@ -264,6 +264,6 @@ def band_normalization(sums, squares):
     """Return the mean and standard deviation per mel band over clips and frames, (128,) float32 each."""
     n_values = len(sums) * N_FRAMES
     mean = sums.sum(axis=0) / n_values
-    variance = squares.sum(axis=0) / n_values - mean**2
-    std = np.sqrt(np.maximum(variance, 0))
-    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+    std = np.sqrt(np.maximum(squares.sum(axis=0) / n_values - mean**2, 0))
+    varies = std > 1e-5 * np.abs(mean)  # by rounding, a constant band has up to 1e-6: measured with 26,000 clips
+    return mean.astype(np.float32), np.where(varies, std, 1).astype(np.float32)

@@ -135,6 +135,9 @@ def test_the_dump(run_script, clips):
     mean, std = band_normalization(*dump.verify())
     assert np.allclose(mean, spectrograms.mean(axis=(0, 2), dtype=np.float64), rtol=1e-6)
     assert np.allclose(std, spectrograms.std(axis=(0, 2), dtype=np.float64), rtol=1e-6)
+    values = np.linspace(-46.1, 20, 128, dtype=np.float32).astype(float)  # each band is constant
+    constant = (np.tile(628 * power, (999, 1)) for power in (values, values**2))
+    assert np.ptp(values) and band_normalization(*constant)[1].tolist() == [1] * 128, "whatever the rounding"
     assert band_normalization(np.zeros((2, 128)), np.zeros((2, 128)))[1].tolist() == [1] * 128, "of silence"
     out = np.empty((3, 128, 628), np.float32)
     dump.gather(np.array([20, 0, 13]), (mean, std), out)
