@@ -13,12 +13,13 @@ from lib.common import ROOT, Count, InputError, Seed, number, optional_picture, 
 from lib.common import whole_file, write_table
 
 import numpy as np
+import torch
 import tyro
 
 from lib import scores
-from lib.baseline import band_features, baseline_predictions
-from lib.checkpoint import load_checkpoint, load_network, n_test_clips_seen
-from lib.dump import Dump
+from lib.baseline import band_features, baseline_predictions, names_only_predictions, origins_of, repeatability
+from lib.checkpoint import SEEN, clips_seen, count_seen, load_checkpoint, load_network
+from lib.dump import Dump, same_clips
 from lib.library import ELSEWHERE, tag_files
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, started_with_others
@@ -55,7 +56,8 @@ class Settings:
 
 
 EVALUATED = ("validation", "test")  # parts of the split
-ENOUGH_CLIPS = 30  # to score those that share no track with training
+ENOUGH_CLIPS = 30  # to score those that share no track, album or artist with training
+RIVALS = dict(baseline="a logistic regression on mel bands' loudness", names_only="the labels of artist and album")
 WORTH_A_LISTEN = 10  # clips per tag in each direction
 
 
@@ -75,15 +77,11 @@ def main():
     bands = band_features(*ours.dump.verify())
     predicted = {part: ours.predict(ours.rows[part]) for part in EVALUATED}
     baseline = baseline_predictions(bands, ours.labels, ours.rows["train"]) if settings.baseline else None
-    results = {
-        "checkpoint": str(path),
-        "data": str(settings.data),
-        "other_data": ours.checkpoint["dump"] != ours.dump.fingerprint,
-        "synthetic": ours.dump.synthetic,
-        "intervals": ours.intervals,
-    }
+    names_only = names_only_predictions(ours.labels, ours.rows["train"], ours.info) if ours.info else None
+    results = {"checkpoint": str(path), "data": str(settings.data), "synthetic": ours.dump.synthetic}
+    results |= {"other_data": ours.checkpoint["dump"] != ours.dump.fingerprint, "intervals": ours.intervals}
     for part, probabilities in predicted.items():
-        results[part] = score_part(ours, ours.rows[part], probabilities, baseline)
+        results[part] = score_part(ours, ours.rows[part], probabilities, (baseline, names_only))
     print_results(results, ours.checkpoint)  # before writing: a full disk must not lose them
     write_results(ours, results, predicted)
 
@@ -102,7 +100,7 @@ class Evaluation:
         self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
         has_info = (settings.data / "clip_info_final.csv").exists()
         self.info = clip_info_of(settings.data, self.dump.ids) if has_info else None
-        self.groups = np.array([str(clip.track) for clip in self.info]) if has_info else self.dump.ids
+        self.groups = origins_of(self.info, "track") if has_info else self.dump.ids
         self.intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if has_info else 'clips'}"
 
     def predict(self, rows):
@@ -140,48 +138,51 @@ def clips_of(checkpoint, dump, other_data):
     return labels[:, [names.index(name) for name in checkpoint["tag_names"]]], rows
 
 
-def score_part(evaluation, rows, probabilities, baseline):
-    """Return the scores of predictions for the dump's `rows`, as in results.json; `baseline` has those for all rows."""
+def score_part(evaluation, rows, probabilities, rivals):
+    """Return the scores of predictions for the dump's `rows`, as in results.json; RIVALS have theirs for all rows."""
     labels, tag_names = evaluation.labels[rows], evaluation.checkpoint["tag_names"]
-    ours = evaluation.scores(rows, probabilities)
+    ours, ids = evaluation.scores(rows, probabilities), torch.from_numpy(evaluation.dump.ids[rows])
     result = {
         "clips": len(rows),
+        **count_seen(ids, evaluation.checkpoint["seen_before"], [evaluation.checkpoint["dump"]]),
         **ours.macro(),
         "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
-        "baseline": None,
-        "tags": per_tag_rows(tag_names, labels, ours),
+        "tags": per_tag_rows(evaluation, rows, ours),
         "leakage": leakage(evaluation, rows, probabilities) if evaluation.info else None,
     }
-    if baseline is not None:
-        theirs = evaluation.scores(rows, baseline[rows])
-        result["baseline"] = {**theirs.macro(), "network_minus_baseline": ours.minus(theirs).macro()}
+    for name, of_all_clips in zip(RIVALS, rivals):
+        theirs = None if of_all_clips is None else evaluation.scores(rows, of_all_clips[rows])
+        result[name] = theirs and {**theirs.macro(), f"network_minus_{name}": ours.minus(theirs).macro()}
     return result
 
 
-def per_tag_rows(tag_names, labels, found):
-    """Return a row of `found` scores for each tag, in the checkpoint's order."""
-    columns = {"tag": tag_names, "positives": labels.sum(axis=0, dtype=int), "prevalence": labels.mean(axis=0)}
-    for name, values, resampled in zip(scores.SCORES, *found):
-        low, high = scores.interval(resampled)
+def per_tag_rows(evaluation, rows, found):
+    """Return a row of `found`, the scores on the dump's `rows`, for each tag, in the checkpoint's order."""
+    labels, columns = evaluation.labels[rows], {"tag": evaluation.checkpoint["tag_names"]}
+    columns |= {"positives": labels.sum(axis=0, dtype=int), "prevalence": labels.mean(axis=0)}
+    if evaluation.info:
+        columns["repeatability"] = repeatability(evaluation.labels, evaluation.info)
+    for name, values, low, high in found.intervals():
         columns |= {name: values, f"{name}_low": low, f"{name}_high": high}
     rows = zip(*(np.asarray(values).tolist() for values in columns.values()))
     return [dict(zip(columns, row)) for row in rows]
 
 
 def leakage(evaluation, rows, probabilities):
-    """Return the shares of `rows` whose track, album or artist is also in training, and the score on other tracks."""
-    shared = {}
+    """Return the shares of `rows` whose track, album or artist was trained on, and the scores on the other clips."""
+    found, checkpoint = {}, evaluation.checkpoint
+    earlier = [ids["train"] for dump, ids in checkpoint["seen_before"] if same_clips(dump, [checkpoint["dump"]])]
+    heard = np.isin(evaluation.dump.ids, torch.cat([checkpoint["clip_ids"]["train"], *earlier]).numpy())
     for kind in ("track", "album", "artist"):
-        origins = [getattr(clip, kind) for clip in evaluation.info]
-        trained_on = {origins[row] for row in evaluation.rows["train"]}
-        shared[kind] = np.array([origins[row] in trained_on for row in rows])
-    fresh = ~shared["track"]
-    enough = fresh.sum() >= ENOUGH_CLIPS
-    per_tag = scores.roc_auc(evaluation.labels[rows][fresh], probabilities[fresh]) if enough else np.nan
-    shares = {f"share_of_{kind}": float(clips.mean()) for kind, clips in shared.items()}
-    return {**shares, "clips_of_other_tracks": int(fresh.sum()), "roc_auc_of_other_tracks": scores.macro(per_tag)}
+        origins = origins_of(evaluation.info, kind)
+        fresh = ~np.isin(origins[rows], origins[heard])
+        enough = fresh.sum() >= ENOUGH_CLIPS
+        per_tag = scores.roc_auc(evaluation.labels[rows][fresh], probabilities[fresh]) if enough else np.nan
+        found |= {f"share_of_{kind}": float(np.mean(~fresh)), f"clips_of_other_{kind}s": int(fresh.sum())}
+        found[f"roc_auc_of_other_{kind}s"] = scores.macro(per_tag)
+    return found
 
 
 def write_results(evaluation, results, predicted):
@@ -249,20 +250,24 @@ def print_part(part, result):
     print(f"  ROC-AUC            {format_interval(result['roc_auc'])}  macro over tags")
     print(f"  average precision  {format_interval(result['average_precision'])}  macro over tags")
     print(f"  within a clip      ROC-AUC {format_score(result['clip_roc_auc'])}; precision {precision}")
+    if result["seen_before"] or result["seen_before_by_id"]:
+        print(f"  seen before        by what it was fine-tuned from: {SEEN.format_map(result)}")
     if result["one_class"]:
         print(f"  left out           {', '.join(result['one_class'])}: only one class among these clips")
     if leakage := result["leakage"]:
         shares = ", ".join(f"{kind} {leakage[f'share_of_{kind}']:.1%}" for kind in ("track", "album", "artist"))
-        auc = format_score(leakage["roc_auc_of_other_tracks"])
         print(f"  also in training   {shares} of the clips")
-        print(f"  other tracks only  ROC-AUC {auc} ({leakage['clips_of_other_tracks']:,} clips)")
-    if baseline := result["baseline"]:
-        roc_auc, precision = format_interval(baseline["roc_auc"]), format_interval(baseline["average_precision"])
-        gain = baseline["network_minus_baseline"]["roc_auc"]
-        undecided = gain["low"] <= 0  # False where the scores are undefined
-        verdict = ": not clearly better than a logistic regression on mel bands' loudness" if undecided else ""
-        print(f"  baseline           ROC-AUC {roc_auc}, average precision {precision}")
-        print(f"  network - baseline ROC-AUC {format_interval(gain)}{verdict}")
+        for kind in ("tracks", "artists"):
+            auc, n_clips = format_score(leakage[f"roc_auc_of_other_{kind}"]), leakage[f"clips_of_other_{kind}"]
+            few = f", fewer than {ENOUGH_CLIPS}" if n_clips < ENOUGH_CLIPS else ""
+            print(f"  {f'other {kind} only':<18} ROC-AUC {auc} ({n_clips:,} clips{few})")
+    for name, what in RIVALS.items():
+        if rival := result[name]:
+            gain = rival[f"network_minus_{name}"]["roc_auc"]
+            verdict = f": not clearly better than {what}" if gain["low"] <= 0 else ""  # NaN is not
+            roc_auc, precision = format_interval(rival["roc_auc"]), format_interval(rival["average_precision"])
+            print(f"  {name.replace('_', ' '):<18} ROC-AUC {roc_auc}, average precision {precision}")
+            print(f"  network - {name.split('_')[0]:<8} ROC-AUC {format_interval(gain)}{verdict}")
 
 
 def compare(ours, theirs):
@@ -272,21 +277,24 @@ def compare(ours, theirs):
     """
     name, against = str(ours.settings.checkpoint or ours.settings.name), ours.settings.against
     one, other, rows = ours.checkpoint, theirs.checkpoint, np.intersect1d(ours.rows["test"], theirs.rows["test"])
-    if n_seen := n_test_clips_seen(one, other) + n_test_clips_seen(other, one):
-        seen = f"{n_seen:,} test clips of one were used to train or select the other"
-        raise InputError(f"{name}, {against}: {seen}; use one split for both")
+    notes, dumps = [], {one["dump"], other["dump"]}
+    ids = torch.cat([one["clip_ids"]["test"], other["clip_ids"]["test"]]).unique()
+    n_seen, n_perhaps = count_seen(ids, clips_seen(one) + clips_seen(other), dumps).values()
+    if n_seen:
+        seen = f"{n_seen:,} test clips of one were seen in training by the other, or before by what they started from"
+        raise InputError(f"{name}, {against}: {seen}; use one split for all")
+    if n_perhaps:
+        notes.append(f"{n_perhaps:,} test clips have ids that one network saw in other data, of maybe other clips")
+    if dumps != {ours.dump.fingerprint}:
+        notes.append(f"{ours.dump.data} is not the dump of both checkpoints (--other-data)")
     if not len(rows) or one["tag_names"] != other["tag_names"] or np.any(ours.labels != theirs.labels):
         raise InputError(f"{name}, {against}: have no test clips in common, or different tags")
     ours.dump.verify(rows)
     difference = ours.scores(rows, ours.predict(rows)).minus(theirs.scores(rows, theirs.predict(rows)))
-    result = {
-        "name": name,
-        "against": against,
-        "clips": len(rows),
-        "intervals": ours.intervals,
-        **difference.macro(),
-        "tags": per_tag_rows(one["tag_names"], ours.labels[rows], difference),
-    }
+    result = {"name": name, "against": against, "clips": len(rows), "intervals": ours.intervals, "notes": notes}
+    result |= {**difference.macro(), "tags": per_tag_rows(ours, rows, difference)}
+    for row, clear in zip(result["tags"], scores.differs_clearly(ours.labels[rows], ours.groups[rows], difference)):
+        row["differs_clearly"] = bool(clear)
     print_comparison(result)
     write_json(ours.output / "comparison.json", result)
     with optional_picture(picture := ours.output / "comparison.png"):
@@ -296,14 +304,15 @@ def compare(ours, theirs):
 
 
 def print_comparison(result):
-    name, against = result["name"], result["against"]
+    name, against, of_many = result["name"], result["against"], f", even as one of {len(result['tags'])} tags"
     print(f"{name} - {against}, {result['clips']:,} test clips of both")
     print(f"  ROC-AUC            {format_interval(result['roc_auc'])}  macro over {len(result['tags'])} tags")
     print(f"  average precision  {format_interval(result['average_precision'])}")
     for row in sorted(result["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"])):
-        if row["roc_auc_low"] > 0 or row["roc_auc_high"] < 0:
-            print(f"  {row['tag']:<22} {bracketed(row, 'roc_auc')}  ROC-AUC, differs clearly")
-    print(f"brackets: {result['intervals']}, the same for both")
+        if row["differs_clearly"]:
+            print(f"  {row['tag']:<22} {bracketed(row, 'roc_auc')}  ROC-AUC, differs clearly{of_many}")
+    print(f"brackets: {result['intervals']}, the same for both; about other clips, not about training with other seeds")
+    print(end="".join(f"note: {note}\n" for note in result["notes"]))
     better = name if result["roc_auc"]["low"] > 0 else against if result["roc_auc"]["high"] < 0 else None
     print(f"{better} is better" if better else f"these clips cannot tell which of {name} and {against} is better")
 

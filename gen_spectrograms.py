@@ -45,10 +45,8 @@ OUTCOMES = {"zero": "bad (all zeros)", "padded": "short (padded with silence)", 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     annotations = read_annotations(annotations_file(settings.data))
-    audio = shlex.quote(str(settings.data.resolve()))
-    require_writable(
-        settings.data, f"make a folder of links (mkdir dump && ln -s {audio}/* dump) and give it as --data"
-    )
+    links = f"mkdir dump && ln -s {shlex.quote(str(settings.data.resolve()))}/* dump"
+    require_writable(settings.data, f"make a folder of links ({links}) and give it as --data")
     chunks = divide(settings.data, len(annotations.ids), settings.n_chunks)
     if wrong := set(settings.chunks) - set(range(settings.n_chunks)):
         raise InputError(f"--chunks {min(wrong)}: there are {settings.n_chunks}, numbered from 0")

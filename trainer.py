@@ -96,6 +96,7 @@ def train(settings, dump, device, folder, last=None):
         "clip_ids": {part: torch.from_numpy(np.sort(dump.ids[rows])) for part, rows in parts.items()},  # int64
         "history": last["history"] if last else [],  # one dict per epoch so far; epoch 0 is before training
         "dump": dump.fingerprint,
+        "seen_before": last["seen_before"] if last else [],  # [(dump, clip_ids), ...] of what it started from
         "synthetic": dump.synthetic,  # trained on the demo
     }
     history = checkpoint["history"]

@@ -174,8 +174,7 @@ def log_mel(samples, n_frames=N_FRAMES):
     n_samples = (n_frames - 1) * HOP_LENGTH
     samples = samples[: n_samples + N_FFT // 2].astype(np.float64)  # as far as the last frame's window reaches
     samples = np.pad(samples, (0, max(0, max(n_samples, N_FFT) - len(samples))))
-    stft = import_librosa().stft
-    spectrum = stft(samples, n_fft=N_FFT, hop_length=HOP_LENGTH, pad_mode="reflect")[:, :n_frames]
+    spectrum = import_librosa().stft(samples, n_fft=N_FFT, hop_length=HOP_LENGTH, pad_mode="reflect")[:, :n_frames]
     mel = mel_filters() @ (spectrum.real**2 + spectrum.imag**2)
     return np.log(np.maximum(mel, FRONT_END["floor"])).astype(np.float32)
 
@@ -185,8 +184,7 @@ def mel_filters():
     """Return librosa's mel filters, (128, 1025), as a sparse matrix: most of their weights are 0."""
     from scipy.sparse import csr_array
 
-    mel = import_librosa().filters.mel
-    return csr_array(mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64))
+    return csr_array(import_librosa().filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, dtype=np.float64))
 
 
 @functools.cache

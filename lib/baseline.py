@@ -1,9 +1,10 @@
-"""What a network has to beat: a logistic regression on the loudness of the mel bands."""
+"""What to hold a network's scores against: loudness alone, the names of artists and albums alone, repeated labels."""
 
 import numpy as np
 
 from lib.audio import N_FRAMES
 from lib.common import progress
+from lib.scores import macro
 
 # Inverse strength of regularisation: best of 0.001, 0.003, 0.01, 0.03 and 0.1 on validation, 900 clips of real music
 BASELINE_C = 0.03
@@ -27,3 +28,36 @@ def baseline_predictions(features, labels, train):
             model = LogisticRegression(C=BASELINE_C, max_iter=1000).fit(features[train], label[train])
             probabilities[:, column] = model.predict_proba(features)[:, 1]
     return probabilities
+
+
+def origins_of(info, kind):
+    """Return each clip's "artist", "album" or "track", a field of tags.ClipInfo, as text: (clips,)."""
+    return np.array([str(getattr(clip, kind)) for clip in info])
+
+
+def names_only_predictions(labels, train, info):
+    """Return the probabilities, (clips, tags), that nothing but the labels of the rows `train` gives to all clips.
+
+    They are the means over a clip's album, drawn towards those over its artist, drawn towards those over all: the mean
+    above weighs like one more clip. (With 0.3 to 10 such clips, MagnaTagATune's ROC-AUC stays within 0.001.)
+    """
+    probabilities = np.tile(labels[train].mean(axis=0), (len(labels), 1))
+    for kind in ("artist", "album"):
+        sums, n_clips = sums_of_same(origins_of(info, kind), labels, train)
+        probabilities = (sums + probabilities) / (n_clips + 1)
+    return probabilities
+
+
+def repeatability(labels, info):
+    """Return, over the clips with a tag, the mean share of their track's other clips that have it too: (tags,)."""
+    sums, n_clips = sums_of_same(origins_of(info, "track"), labels, slice(None))
+    with np.errstate(invalid="ignore"):  # a track of one clip has no others: NaN
+        return macro(np.where(labels, (sums - labels) / (n_clips - 1), np.nan).T)
+
+
+def sums_of_same(origins, labels, rows):
+    """Return the sums of the labels, (clips, tags), and the number, (clips, 1), of the `rows` with a clip's origin."""
+    names, group = np.unique(origins, return_inverse=True)
+    sums, n_clips = np.zeros((len(names), labels.shape[1])), np.bincount(group[rows], minlength=len(names))
+    np.add.at(sums, group[rows], labels[rows])
+    return sums[group], n_clips[group, None]

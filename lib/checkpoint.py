@@ -12,8 +12,12 @@ import numpy as np
 import torch
 
 from lib.common import InputError, reason, whole_file
+from lib.dump import same_clips
 from lib.parallel import prepare_device
 from model import build_network
+
+# What count_seen returns, in words
+SEEN = "{seen_before:,} clips, {seen_before_by_id:,} more by id (other data, maybe other clips): they score too high"
 
 
 def save(path, checkpoint):
@@ -39,7 +43,7 @@ def load_checkpoint(path):
         weights = dict(checkpoint["weights"])  # drops the metadata, where load_state_dict leaves assign=True
         if "head.weight" not in weights:  # earlier versions called the head "top"
             weights = {re.sub(r"^top\.", "head.", name): value for name, value in weights.items()}
-        checkpoint["weights"] = weights
+        checkpoint |= {"weights": weights, "seen_before": checkpoint.get("seen_before", [])}
         with torch.device("meta"):
             build_network(len(checkpoint["tag_names"])).load_state_dict(weights, assign=True)
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
@@ -59,21 +63,31 @@ def load_network(checkpoint, device, precision="checkpoint"):
     return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
-def n_test_clips_seen(checkpoint, other):
-    """Return how many test clips of the checkpoint `other` were used to train or select `checkpoint`."""
-    seen = torch.cat([checkpoint["clip_ids"][part] for part in ("train", "validation")])
-    return int(torch.isin(other["clip_ids"]["test"], seen).sum())
+def clips_seen(checkpoint):
+    """Return [(dump, clip_ids), ...] of `checkpoint` and of all that it started from, as in trainer.train."""
+    return [*checkpoint["seen_before"], (checkpoint["dump"], checkpoint["clip_ids"])]
+
+
+def count_seen(ids, seen, dumps):
+    """Return how many of the clips `ids` of `dumps` are in `seen`, of clips_seen: for certain; by id, in other data."""
+    known = {True: [ids[:0]], False: [ids[:0]]}
+    for dump, clip_ids in seen:
+        known[same_clips(dump, dumps)] += [clip_ids["train"], clip_ids["validation"]]
+    surely, perhaps = (torch.isin(ids, torch.cat(known[same])) for same in (True, False))
+    return {"seen_before": int(surely.sum()), "seen_before_by_id": int((perhaps & ~surely).sum())}
 
 
 def start_from(source, checkpoint, net):
     """Copy the weights of the checkpoint `source` into `net`, except the head's if the tags differ; say so.
 
-    Raises InputError if it was trained on spectrograms of a different front end.
+    `checkpoint` gets the clips that it has seen. Raises InputError if its spectrograms have a different front end.
     """
     if source["front_end"] != checkpoint["front_end"]:
         raise InputError("--start-from: that checkpoint's spectrograms were made with a different front end")
-    if source["dump"] == checkpoint["dump"] and (n_seen := n_test_clips_seen(source, checkpoint)):
-        print(f"note: that checkpoint has seen {n_seen:,} of the test clips: the test score will be too high")
+    checkpoint["seen_before"] = clips_seen(source)
+    seen = count_seen(checkpoint["clip_ids"]["test"], checkpoint["seen_before"], [checkpoint["dump"]])
+    if any(seen.values()):
+        print(f"note: of the test set, that checkpoint or one before has seen {SEEN.format_map(seen)}")
     weights, same_tags = source["weights"], source["tag_names"] == checkpoint["tag_names"]
     if not same_tags:
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}

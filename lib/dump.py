@@ -179,12 +179,11 @@ class Dump:
         self.ids, self.labels = self._load("ids.npy"), self._load("tags.npy")
         self.tag_names, self.mp3_paths = self._load("tag_names.npy").tolist(), self._load("mp3_paths.npy").tolist()
         self.chunks = divide(data, self.manifest["n_clips"], self.manifest["n_chunks"])
+        self.spectrograms = []
         for chunk in self.chunks:
             self._require(chunk.has_all_bytes(), chunk.path)
-        self.spectrograms = [
-            np.memmap(chunk.path, "<f4", "r", len(chunk.header), (len(chunk.rows), N_MELS, N_FRAMES))
-            for chunk in self.chunks
-        ]
+            shape = len(chunk.rows), N_MELS, N_FRAMES
+            self.spectrograms.append(np.memmap(chunk.path, "<f4", "r", len(chunk.header), shape))
 
     def __len__(self):
         return len(self.ids)
@@ -201,9 +200,7 @@ class Dump:
 
     def _require(self, intact, path):
         if not intact:
-            raise InputError(
-                f"{path}: missing, damaged or from another dump; gen_spectrograms.py --overwrite remakes it"
-            )
+            raise InputError(f"{path}: missing, damaged or of another dump; gen_spectrograms.py --overwrite remakes it")
 
     def verify(self, rows=None):
         """Compare the spectrograms, or those of `rows`, with their checksums. Raises InputError if a file is damaged.
@@ -258,6 +255,14 @@ class Dump:
         for target, row in zip(out, rows):
             np.subtract(self[row], mean[:, None], out=target)
             np.divide(target, std[:, None], out=target)
+
+
+def same_clips(fingerprint, others):
+    """Return whether a dump has the clips of one of `others`, whose labels or spectrograms may have been renewed.
+
+    Of their fingerprints' CRC-32s, at least three are then equal: those of ids, paths, and tag names or checksums.
+    """
+    return any(fingerprint == one or len({*fingerprint.split(",")} & {*one.split(",")}) > 2 for one in others)
 
 
 def band_normalization(sums, squares):

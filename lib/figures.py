@@ -69,14 +69,14 @@ def training_curves(path, history, synthetic=False):
 
 
 def _intervals(axes, rows):
-    """Draw the 95% interval of each row's score, the first row at the top; return (places, scores, low, high)."""
+    """Draw the 95% interval of each row's score, the first row at the top; return (places, scores)."""
     names = ("roc_auc", "roc_auc_low", "roc_auc_high")
     scores, low, high = np.array([[row[name] for row in rows] for name in names])
     places = np.arange(len(rows))
     axes.hlines(places, low, high, color=BLUE, linewidth=1.5)
     axes.set(yticks=places, yticklabels=[row["tag"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
     axes.grid(axis="y", color="0.9")
-    return places, scores, low, high
+    return places, scores
 
 
 def per_tag_roc_auc(path, rows, synthetic=False):
@@ -88,7 +88,7 @@ def per_tag_roc_auc(path, rows, synthetic=False):
     rows = sorted(rows, key=lambda row: (np.isnan(row["roc_auc"]), -np.nan_to_num(row["roc_auc"]), row["tag"]))
     with _picture(path, "ROC-AUC of each tag", 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
         score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-        places, scores, _, _ = _intervals(score_axes, rows)
+        places, scores = _intervals(score_axes, rows)
         score_axes.plot(scores, places, "o", color=BLUE, markersize=4)
         score_axes.axvline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
         mean = macro(scores)
@@ -104,13 +104,13 @@ def per_tag_roc_auc(path, rows, synthetic=False):
 
 
 def tag_differences(path, rows, title, synthetic=False):
-    """Draw differences of ROC-AUC between two networks, in `rows` like those of `per_tag_roc_auc`, largest first."""
+    """Draw differences of ROC-AUC, in `rows` like those of `per_tag_roc_auc` with "differs_clearly", largest first."""
     rows = sorted((row for row in rows if np.isfinite(row["roc_auc"])), key=lambda row: -row["roc_auc"])
     with _picture(path, title, 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
         axes = figure.subplots()
         axes.axvline(0, color="black", linestyle=":", linewidth=1)
-        places, values, low, high = _intervals(axes, rows)
-        clear = (low > 0) | (high < 0)
+        places, values = _intervals(axes, rows)
+        clear = np.array([row["differs_clearly"] for row in rows], bool)
         axes.plot(values[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
         axes.plot(values[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
         axes.legend(**ABOVE)
@@ -140,10 +140,9 @@ def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
 
 def _correlations(columns):
     """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 0 for a tag that never varies."""
-    centred = np.where(np.ptp(columns, axis=0) > 0, columns - columns.mean(axis=0), 0)
-    lengths = np.linalg.norm(centred, axis=0)
-    correlations = np.clip(centred.T @ centred / np.maximum(np.outer(lengths, lengths), 1e-300), -1, 1)
-    np.fill_diagonal(correlations, 1)
+    varies = np.ptp(columns, axis=0) > 0
+    correlations = np.eye(len(varies))
+    correlations[np.ix_(varies, varies)] = np.corrcoef(columns[:, varies], rowvar=False)
     return correlations
 
 

@@ -3,6 +3,7 @@
 A tag (or clip) whose labels are all of one class has no ROC-AUC: it is NaN here and left out of every mean.
 """
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -24,9 +25,7 @@ def of_each_tag(score, labels, probabilities):
     return np.array([score(label, column) if np.ptp(label) else np.nan for label, column in columns])
 
 
-def roc_auc(labels, probabilities):
-    """Return each tag's ROC-AUC: (tags,), from (clips, tags) of 0/1 and of probabilities."""
-    return of_each_tag(roc_auc_score, labels, probabilities)
+roc_auc = functools.partial(of_each_tag, roc_auc_score)
 
 
 def clip_roc_auc(labels, probabilities):
@@ -50,34 +49,40 @@ def macro(per_tag):
         return np.nanmean(per_tag, axis=-1)
 
 
-def interval(resampled):
-    """Return the ends of the 95% percentile interval over resamples (the first axis); NaN where none has a score."""
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a tag without a score in any resample
-        return np.nanpercentile(resampled, [2.5, 97.5], axis=0)
-
-
 def format_score(score):
     """Return a score as it is printed; None and NaN are one that no tag or clip has."""
     return "undefined" if score is None or np.isnan(score) else f"{score:.4f}"
 
 
 class Scores(NamedTuple):
-    """Both SCORES of each tag, (2, tags), and those of resamples, (2, resamples, tags)."""
+    """Both SCORES of each tag, (2, tags), and of resamples, (2, resamples, tags); differences may be `least` = -1."""
 
     per_tag: np.ndarray
     resampled: np.ndarray
+    least: int = 0
 
     def macro(self):
         """Return {score: its mean over the tags, and the ends of the 95% interval of that}."""
-        means = {}
-        for name, per_tag, resampled in zip(SCORES, *self):
-            low, high = interval(macro(resampled))
-            means[name] = {"value": macro(per_tag), "low": low, "high": high}
-        return means
+        return {name: dict(zip(("value", "low", "high"), found)) for name, *found in self.intervals(macro)}
+
+    def intervals(self, summary=np.asarray):
+        """Yield (score, value, low, high) with the ends of 95% intervals, of each tag or of a `summary` such as macro.
+
+        They are percentiles of the resamples. A clip that is drawn twice lifts its own precision: resamples exceed the
+        average precision of these clips by about as much as that exceeds the one of ever more clips. So its percentiles
+        are moved down by twice that: Efron's bias-corrected interval (1981), if resamples are normally distributed.
+        """
+        for name, per_tag, resampled in zip(SCORES, self.per_tag, self.resampled):
+            value, resampled = summary(per_tag), summary(resampled)
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a tag that no resample has
+                ends = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
+                if name == "average_precision":
+                    ends -= 2 * (np.nanmean(resampled, axis=0) - value)
+            yield name, value, *np.clip(ends, self.least, 1)
 
     def minus(self, other):
         """Return the paired difference of two Scores of the same clips and seed."""
-        return Scores(self.per_tag - other.per_tag, self.resampled - other.resampled)
+        return Scores(self.per_tag - other.per_tag, self.resampled - other.resampled, least=-1)
 
 
 def scores_of(labels, probabilities, groups, n_resamples, seed):
@@ -107,9 +112,6 @@ def weighted_scores(label, scores, weights):
 
         ROC-AUC = sum over t of (FP[t] - FP[t-1]) / N * (TP[t] + TP[t-1]) / 2P    (trapezoids under the ROC curve)
         average precision = sum over t of (TP[t] - TP[t-1]) / P * TP[t] / (TP[t] + FP[t])
-
-    Three clips with labels 1, 0, 1 and scores 0.9, 0.5, 0.1, of which the last counts twice, have TP = 1, 1, 3 and
-    FP = 0, 1, 1: ROC-AUC = 1 * (1 + 1) / 6 = 1/3, average precision = 1/3 * 1/1 + 2/3 * 3/4 = 5/6.
     """
     order = np.argsort(-scores, kind="stable")
     thresholds = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # the last clip of each distinct score
@@ -126,12 +128,26 @@ def weighted_scores(label, scores, weights):
     return found
 
 
+def differs_clearly(labels, groups, difference):
+    """Return which tags' ROC-AUCs differ, given Scores.minus, at a risk of 5% that chance alone has made any: (tags,).
+
+    A difference, over its resamples' standard deviation, has to exceed the largest such error of any tag in 95% of the
+    resamples (Westfall and Young's single-step maxT, 1993). That takes 10 groups with a tag, and 10 without.
+    """
+    n_groups = [[len({*groups[label == value]}) for value in (0, 1)] for label in labels.T]
+    enough = np.min(n_groups, axis=1) >= 10
+    errors = enough * np.nan_to_num(np.abs(difference.resampled[0] - difference.per_tag[0]))
+    deviations = np.sqrt(np.mean(errors**2, axis=0)) + 1e-12
+    limit = np.percentile(np.max(errors / deviations, axis=1), 95)
+    return enough & (np.abs(difference.per_tag[0]) > limit * deviations)
+
+
 def compare_with_paper(checkpoint):
     """Return the line that puts the paper's figures beside ours, and says whether they can be compared."""
     figures = f"the paper: validation {PAPER['validation']:.3f}, test {PAPER['test']:.3f} (MagnaTagATune)"
     if checkpoint["synthetic"]:
         return f"{figures}; the scores above are on SYNTHETIC clips and say nothing about music"
     sizes = {part: len(ids) for part, ids in checkpoint["clip_ids"].items()}
-    papers = {"split": "random", "n_tags": 50, "merge_tags": True}
-    same = sizes == PAPER_SIZES and papers.items() <= checkpoint["hyperparameters"].items()
-    return figures if same else f"{figures}; not comparable: other clips, tags or split"
+    papers = {"split": "random", "n_tags": 50, "merge_tags": True, "start_from": None}
+    same = sizes == PAPER_SIZES and papers.items() <= {"start_from": None, **checkpoint["hyperparameters"]}.items()
+    return figures if same else f"{figures}; not comparable: other clips, tags or split, or fine-tuned"

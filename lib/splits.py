@@ -56,8 +56,7 @@ def split_clips(n_clips, train_size, validation_size, rng):
 def split_by_folder(mp3_paths, rng):
     """Return (train, validation, test) rows: folders 0-b, c and d-f, as most other papers divide MagnaTagATune."""
     first = np.array([path.split("/")[0] for path in mp3_paths])
-    unexpected = sorted(set(first.tolist()) - set("0123456789abcdef"))
-    if unexpected:
+    if unexpected := sorted(set(first.tolist()) - set("0123456789abcdef")):
         raise InputError(f"--split folder: needs MagnaTagATune's folders 0 to f, but there is {unexpected[0]!r}")
     train = np.flatnonzero(first < "c")
     rng.shuffle(train)
@@ -84,8 +83,5 @@ def split_by_artist(artists, train_size, validation_size, rng):
 
 def epoch_batches(train, batch_size, super_batch_size):
     """Return the rows of each step of an epoch: `train` in its order, in batches that never cross super-batches."""
-    batches = []
-    for first in range(0, len(train), super_batch_size):
-        super_batch = train[first : first + super_batch_size]
-        batches += [super_batch[start : start + batch_size] for start in range(0, len(super_batch), batch_size)]
-    return batches
+    super_batches = [train[first : first + super_batch_size] for first in range(0, len(train), super_batch_size)]
+    return [rows[first : first + batch_size] for rows in super_batches for first in range(0, len(rows), batch_size)]

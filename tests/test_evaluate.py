@@ -17,12 +17,13 @@ import evaluate
 from conftest import write_clip_info, write_dump
 from lib import scores
 from lib.audio import FRONT_END
-from lib.baseline import baseline_predictions
+from lib.baseline import baseline_predictions, names_only_predictions, repeatability
 from lib.checkpoint import load_checkpoint, load_network, save
 from lib.common import InputError
 from lib.dump import Dump
 from lib.parallel import autocast
 from model import MultiScaleCNN, initialize
+from tags import ClipInfo
 
 
 def ids_of(**parts):
@@ -148,14 +149,13 @@ def test_intervals_group_by_track_and_leakage_is_what_sets_say(tmp_path, call_ev
     assert evaluated(4)[1] == width != evaluated(4, "--seed", 2)[1], "the seed draws the resamples"
     labels = np.load(tmp_path / "tags.npy")[:, [2, 0, 1]]
     for found, sizes in ((by_track, (4, 8, 16)), (by_clip, (1, 2, 4))):
-        leakage = found["leakage"]
         for kind, size in zip(("track", "album", "artist"), sizes):
             trained_on = {row // size for row in rows["train"]}
-            assert leakage[f"share_of_{kind}"] == np.mean([row // size in trained_on for row in test])
-        tracks = {row // sizes[0] for row in rows["train"]}
-        fresh = [row for row in test if row // sizes[0] not in tracks]
-        assert leakage["clips_of_other_tracks"] == len(fresh)
-        assert leakage["roc_auc_of_other_tracks"] == pytest.approx(roc_auc_score(labels[fresh], probabilities[fresh]))
+            fresh = [row for row in test if row // size not in trained_on]
+            assert found["leakage"][f"share_of_{kind}"] == np.mean([row // size in trained_on for row in test])
+            assert found["leakage"][f"clips_of_other_{kind}s"] == len(fresh)
+            auc = roc_auc_score(labels[fresh], probabilities[fresh])
+            assert found["leakage"][f"roc_auc_of_other_{kind}s"] == pytest.approx(auc)
 
 
 def test_the_baseline_is_trained_on_the_training_clips_alone(evaluated, call_evaluate, monkeypatch):
@@ -191,6 +191,81 @@ def test_the_baseline_is_trained_on_the_training_clips_alone(evaluated, call_eva
     assert np.array_equal(*predicted)
 
 
+def test_names_alone_by_hand():
+    """Two albums of an artist have labels 1 0 and 1; then a new album of theirs, and a new artist; the mean is 1/2."""
+    origins = ("A", 1), ("A", 1), ("A", 2), ("C", 1), ("A", 2), ("A", 3), ("B", 1)
+    info = [ClipInfo(artist, (artist, album), track) for track, (artist, album) in enumerate(origins)]
+    labels = np.array([[1], [0], [1], [0], [0], [0], [0]], np.uint8)
+    of_artist = (2 + 1 / 2) / 4
+    expected = (
+        (1 + of_artist) / 3,
+        (1 + of_artist) / 3,
+        (1 + of_artist) / 2,
+        1 / 8,
+        (1 + of_artist) / 2,
+        of_artist,
+        1 / 2,
+    )
+    assert names_only_predictions(labels, np.arange(4), info)[:, 0] == pytest.approx(expected)
+
+
+def test_how_well_labels_repeat_by_hand():
+    """Of three clips of a track, two have the first tag; a track of one clip says nothing."""
+    info = [ClipInfo("A", ("A", 1), track) for track in (0, 0, 0, 1, 1, 2)]
+    labels = np.array([[1, 0], [1, 0], [0, 0], [1, 0], [0, 0], [1, 1]], np.uint8)
+    assert repeatability(labels, info) == pytest.approx([(1 / 2 + 1 / 2 + 0) / 3, np.nan], nan_ok=True)
+
+
+def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, call_evaluate, capsys, tmp_path):
+    """Tracks are pairs of clips, albums four, artists eight; the split by artist leaves names nothing to go by."""
+    probabilities = np.random.default_rng(0).random((40, 3))
+    labels, found = np.load(evaluated / "tags.npy")[:, [2, 0, 1]], call_evaluate(evaluated, probabilities)
+    expected = np.empty((40, 3))
+    for clip in range(40):
+        p = labels[:20].mean(axis=0)
+        for size in (8, 4):
+            same = [row for row in range(20) if row // size == clip // size]
+            p = (labels[same].sum(axis=0) + p) / (len(same) + 1)
+        expected[clip] = p
+    for part, rows in (("validation", slice(20, 29)), ("test", slice(29, 40))):
+        row, differences = found[part]["names_only"], []
+        for name, score in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
+            assert row[name]["value"] == pytest.approx(score(labels[rows], expected[rows]))
+            differences.append(score(labels[rows], probabilities[rows]) - score(labels[rows], expected[rows]))
+        its = [row["network_minus_names_only"][name]["value"] for name in scores.SCORES]
+        assert its == pytest.approx(differences)
+    evaluate.print_part("test", found["test"])
+    printed, of = capsys.readouterr().out, "{value:.4f} [{low:.4f}, {high:.4f}]".format_map
+    precision = of(found["test"]["names_only"]["average_precision"])
+    assert (
+        f"  names only         ROC-AUC {of(found['test']['names_only']['roc_auc'])}, average precision {precision}"
+        in printed
+    )
+    gain = found["test"]["names_only"]["network_minus_names_only"]["roc_auc"]
+    assert f"  network - names    ROC-AUC {of(gain)}" in printed
+    of_tracks = [np.mean([labels[clip ^ 1, tag] for clip in range(40) if labels[clip, tag]]) for tag in range(3)]
+    with (evaluated / "per_tag.csv").open() as file:
+        assert [float(row["repeatability"]) for row in csv.DictReader(file)] == pytest.approx(2 * of_tracks)
+
+    by_artist = make_checkpoint(
+        tmp_path / "best.pt",
+        dump=Dump(evaluated).fingerprint,
+        clip_ids=ids_of(train=(101, 117), validation=(117, 125), test=(125, 141)),
+    )
+    settings = evaluate.Settings(data=evaluated, resamples=9, device="cpu")
+    one = evaluate.Evaluation(settings, by_artist)
+    names_only = names_only_predictions(one.labels, one.rows["train"], one.info)
+    result = evaluate.score_part(one, one.rows["test"], probabilities[one.rows["test"]], (None, names_only))
+    assert result["names_only"]["roc_auc"] == {"value": 0.5, "low": 0.5, "high": 0.5} and result["baseline"] is None
+    assert result["leakage"]["share_of_artist"] == 0
+    other = evaluate.Evaluation(settings, by_artist)
+    other.info = None
+    assert (
+        "repeatability"
+        not in evaluate.per_tag_rows(other, one.rows["test"], one.scores(one.rows["test"], names_only[24:]))[0]
+    )
+
+
 def test_a_tag_that_never_varies_in_training_has_a_constant_baseline():
     labels = np.stack([np.arange(60) % 2, np.arange(60) >= 40], axis=1).astype(np.uint8)
     found = baseline_predictions(np.random.default_rng(0).normal(size=(60, 8)), labels, np.arange(40))
@@ -209,6 +284,7 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     assert "these clips cannot tell which of one and same is better" in done.stdout
     comparison = json.loads((tmp_path / "one/comparison.json").read_text())
     assert comparison["clips"] == 11 and comparison["roc_auc"] == {"value": 0, "low": 0, "high": 0}
+    assert comparison["notes"] == [] and not any(row["differs_clearly"] for row in comparison["tags"])
     weights = load_checkpoint(tmp_path / "one/best.pt")["weights"]
     weights["head.weight"] *= -1
     make_checkpoint(tmp_path / "same/best.pt", dump=fingerprint, weights=weights)
@@ -223,7 +299,39 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     ours, theirs = (scores.scores_of(labels, probabilities, *by_track) for probabilities in (ours, theirs))
     assert comparison["roc_auc"] == pytest.approx(ours.minus(theirs).macro()["roc_auc"])
     refused = call_script("evaluate.py", *arguments, "--against", "seen", status=1).stderr
-    assert "5 test clips of one were used to train or select the other" in refused and refused.count("\n") == 1
+    assert "5 test clips of one were seen in training by the other" in refused and refused.count("\n") == 1
+
+
+def test_what_a_checkpoint_started_from_has_seen_is_never_forgotten(evaluated, call_script, tmp_path):
+    """A validation clip and three test clips of the same clips; of other data, one of these ids and one more."""
+    own, arguments = Dump(evaluated).fingerprint, ["--device", "cpu", "--data", evaluated, "--resamples", 9]
+    arguments += ["--no-baseline", "--experiments", tmp_path, "--name"]
+    before = {"train": torch.tensor([121, 131]), "validation": torch.tensor([132, 140]), "test": torch.tensor([133])}
+    elsewhere = {"train": torch.tensor([140, 135]), "validation": torch.tensor([5]), "test": torch.tensor([134])}
+    seen = {"tuned": [(own, before), ("other", elsewhere)], "doubtful": [("other", elsewhere)], "plain": []}
+    for name, sources in seen.items():
+        (tmp_path / name).mkdir()
+        make_checkpoint(tmp_path / name / "best.pt", dump=own, seen_before=sources)
+    printed = call_script("evaluate.py", *arguments, "tuned").stdout
+    results = json.loads((tmp_path / "tuned/results.json").read_text())
+    found = [(results[part]["seen_before"], results[part]["seen_before_by_id"]) for part in ("validation", "test")]
+    assert found == [(1, 0), (3, 1)]
+    assert "by what it was fine-tuned from: 3 clips, 1 more by id (other data, maybe other clips)" in printed
+    heard = {row // 2 for row in [*range(20), 20, 30]}  # the tracks of what was trained on, ever
+    assert results["test"]["leakage"]["share_of_track"] == np.mean([row // 2 in heard for row in range(29, 40)])
+    assert "seen before" not in call_script("evaluate.py", *arguments, "plain").stdout
+
+    for one, other in (("plain", "tuned"), ("tuned", "plain")):
+        refused = call_script("evaluate.py", *arguments, one, "--against", other, status=1).stderr
+        assert "3 test clips of one were seen in training by the other, or before" in refused
+    printed = call_script("evaluate.py", *arguments, "plain", "--against", "doubtful").stdout
+    (note,) = json.loads((tmp_path / "plain/comparison.json").read_text())["notes"]
+    assert note.startswith("2 test clips have ids that one network saw in other data") and f"note: {note}\n" in printed
+
+    make_checkpoint(tmp_path / "doubtful/best.pt", dump="other")
+    printed = call_script("evaluate.py", *arguments, "plain", "--against", "doubtful", "--other-data").stdout
+    (note,) = json.loads((tmp_path / "plain/comparison.json").read_text())["notes"]
+    assert "is not the dump of both checkpoints" in note and f"note: {note}\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -237,13 +345,24 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
 )
 def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, verdict, capsys):
     macro = dict.fromkeys(scores.SCORES, {"value": 0.2, "low": low, "high": high})
-    tag = {"tag": "slow", "roc_auc": 0.2, "roc_auc_low": low, "roc_auc_high": high}
-    evaluate.print_comparison({"name": "one", "against": "two", "clips": 9, "intervals": "", "tags": [tag], **macro})
+    tag = {
+        "tag": "slow",
+        "roc_auc": 0.2,
+        "roc_auc_low": low,
+        "roc_auc_high": high,
+        "differs_clearly": "better" in verdict,
+    }
+    about = {"name": "one", "against": "two", "clips": 9, "intervals": "", "notes": ["note 1"]}
+    evaluate.print_comparison({**about, "tags": [tag], **macro})
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith(verdict) and ("differs clearly" in printed) == ("better" in verdict)
+    assert "note: note 1\n" in printed
     part = {"clips": 9, **macro, "clip_roc_auc": 0.5, "precision_at": {}, "one_class": [], "leakage": None}
-    evaluate.print_part("test", {**part, "baseline": {**macro, "network_minus_baseline": macro}})
-    assert ("not clearly better than a logistic" in capsys.readouterr().out) == (low < 0)
+    rivals = {name: {**macro, f"network_minus_{name}": macro} for name in ("baseline", "names_only")}
+    evaluate.print_part("test", {**part, "seen_before": 0, "seen_before_by_id": 0, **rivals})
+    printed = capsys.readouterr().out
+    for rival in ("a logistic regression", "the labels of artist and album"):
+        assert (f"not clearly better than {rival}" in printed) == (low < 0)
 
 
 def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp_path):

@@ -50,10 +50,11 @@ def test_each_tag_has_its_score_its_interval_and_its_prevalence_best_first(tmp_p
         assert segments[place].tolist() == [[row["roc_auc_low"], place], [row["roc_auc_high"], place]]
 
 
-def test_a_difference_is_clear_where_its_interval_leaves_out_zero(tmp_path):
-    _, clear, unclear = axes_of(figures.tag_differences, tmp_path, BEST_FIRST[::-1], "one - other")[0].lines
-    assert clear.get_xydata().tolist() == [[0.3, 0], [0.2, 1], [-0.2, 3]]
-    assert unclear.get_xydata().tolist() == [[0.02, 2]]
+def test_differences_that_are_clear_are_marked(tmp_path):
+    rows = [{**row, "differs_clearly": row["roc_auc"] > 0.1} for row in BEST_FIRST[::-1]]
+    _, clear, unclear = axes_of(figures.tag_differences, tmp_path, rows, "one - other")[0].lines
+    assert clear.get_xydata().tolist() == [[0.3, 0], [0.2, 1]]
+    assert unclear.get_xydata().tolist() == [[0.02, 2], [-0.2, 3]]
 
 
 def test_correlations_are_pearsons_in_one_order_that_groups_similar_tags(tmp_path):

@@ -10,11 +10,13 @@ import pytest
 
 from conftest import ROOT, write_clip_info, write_dump
 from get_data import ANNOTATIONS, CLIP_INFO
+from lib import scores
+from lib.baseline import names_only_predictions, repeatability
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.splits import divide_clips, split_by_artist, split_by_folder, split_sizes
 from model import MultiScaleCNN, initialize
-from tags import annotations_file, clip_info_of, read_annotations
+from tags import annotations_file, clip_info_of, read_annotations, select_tags
 from trainer import Settings, split_clips
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
@@ -100,13 +102,19 @@ def test_no_artist_is_in_two_parts_and_sizes_are_near():
         assert (np.diff(train) < 0).any(), "and shuffles the training clips, in the other published split too"
 
 
-def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):
+@pytest.fixture
+def real_tables(shared, tmp_path):
+    """A folder with MagnaTagATune's own two tables."""
     for known in (ANNOTATIONS, CLIP_INFO):
         table = gzip.decompress((shared / f"mtat/{known.name}.gz").read_bytes())
         assert (hashlib.md5(table).hexdigest(), len(table)) == (known.md5, known.end), "get_data.py would refuse it"
         (tmp_path / known.name).write_bytes(table)
-    annotations = read_annotations(annotations_file(tmp_path))
-    info = clip_info_of(tmp_path, annotations.ids)
+    return tmp_path
+
+
+def test_the_real_splits_have_the_published_sizes_and_leakage(real_tables):
+    annotations = read_annotations(annotations_file(real_tables))
+    info = clip_info_of(real_tables, annotations.ids)
 
     class Clips(SimpleNamespace):
         def __len__(self):
@@ -116,7 +124,7 @@ def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):
         """The clips of each part, and the test clips of which track, album and artist are in training too, in %."""
         rng = np.random.RandomState(1337)
         clips = Clips(ids=annotations.ids, mp3_paths=annotations.mp3_paths)
-        train, validation, test = divide_clips(Settings(data=tmp_path, split=split), clips, rng).values()
+        train, validation, test = divide_clips(Settings(data=real_tables, split=split), clips, rng).values()
         assert sorted(np.concatenate([train, validation, test])) == list(range(25863))
         shares = []
         for kind in ("track", "album", "artist"):
@@ -128,3 +136,23 @@ def test_the_real_splits_have_the_published_sizes_and_leakage(shared, tmp_path):
     assert sizes_and_shares("folder") == ([18709, 1825, 5329], [0, 0, 62])
     sizes, shares = sizes_and_shares("artist")
     assert shares == [0, 0, 0] and np.abs(np.subtract(sizes, (18000, 2000, 5863))).max() <= 20
+
+
+def test_what_names_alone_predict_of_the_real_music(real_tables):
+    """What a network has to beat on the paper's split and on the folders, and how rarely annotators agree."""
+    annotations = read_annotations(annotations_file(real_tables))
+    info, rng = clip_info_of(real_tables, annotations.ids), np.random.RandomState(1337)
+    initialize(MultiScaleCNN(50), rng)
+    parts = {True: split_clips(25863, 18000, 2000, rng), False: split_by_folder(annotations.mp3_paths, rng)}
+    found = {}
+    for merge, (train, validation, test) in parts.items():
+        labels, names = select_tags(annotations.labels, annotations.tag_names, 50, merge)
+        predicted = names_only_predictions(labels, train, info)
+        for rows in (validation, test):
+            of_tags = (scores.of_each_tag(score, labels[rows], predicted[rows]) for score in scores.SCORES.values())
+            found.setdefault(merge, []).append([round(scores.macro(each), 3) for each in of_tags])
+        if merge:
+            repeated = dict(zip(names, repeatability(labels, info)))
+    assert found == {True: [[0.875, 0.365], [0.879, 0.346]], False: [[0.744, 0.197], [0.748, 0.184]]}
+    assert np.mean(list(repeated.values())) == pytest.approx(0.316, abs=5e-4)
+    assert [round(repeated[name], 2) for name in ("rock", "choir")] == [0.63, 0.58]

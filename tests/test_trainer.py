@@ -19,7 +19,7 @@ from conftest import ROOT, write_dump
 from evaluate import clips_of
 from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock
-from lib.dump import Dump
+from lib.dump import Dump, same_clips
 from lib.experiment import MAY_DIFFER, hyperparameters, saved_experiment
 from trainer import Settings
 
@@ -191,11 +191,30 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     assert same_checkpoint(same["normalization"], started["normalization"])
     assert same["hyperparameters"]["start_from"] == str(best)
     done = call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout  # whose split differs too
-    assert "a fresh last layer" in done and "has seen 3 of the test clips" in done
+    assert "a fresh last layer" in done and "has seen 3 clips, 0 more by id" in done
     other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
     assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["head.bias"]) == 2
     os.unlink(best)
     assert "epoch   1" in call_script("trainer.py", *arguments, "same", "--resume", "--epochs", 1).stdout
+    (tmp_path / "other chunks").mkdir()
+    (tmp_path / "other data").mkdir()
+    (tmp_path / "renewed").mkdir()
+    write_dump(tmp_path / "other chunks", 20, n_chunks=5)
+    write_dump(tmp_path / "other data", 20, seed=1, names=("harp", "drum", "fast"), n_of_a_track=2)
+    own, renewed = Dump(small).fingerprint, write_dump(tmp_path / "renewed", 20, seed=1)
+    assert same_clips(Dump(renewed).fingerprint, ["x", own]), "with other spectrograms"
+    assert not same_clips(Dump(tmp_path / "other data").fingerprint, ["x", own])
+    once, twice = tmp_path / "same/last.pt", tmp_path / "twice/best.pt"
+    arguments = ["--experiments", tmp_path, *TINY, "--epochs", 0, "--n-tags", 2, "--start-from"]
+    done = call_script("trainer.py", *arguments, once, "--data", tmp_path / "other chunks", "--name", "twice").stdout
+    assert "has seen 3 clips, 0 more by id" in done
+    done = call_script("trainer.py", *arguments, twice, "--data", tmp_path / "other data", "--name", "thrice").stdout
+    assert "has seen 0 clips, 3 more by id (other data, maybe other clips)" in done
+    of_each = [load_checkpoint(path)["clip_ids"] for path in (uninterrupted[0] / "best.pt", once, twice)]
+    found = load_checkpoint(tmp_path / "thrice/best.pt")["seen_before"]
+    assert [dump for dump, _ in found] == [Dump(small).fingerprint] * 3
+    for (_, ids), clip_ids in zip(found, of_each, strict=True):
+        assert all(torch.equal(ids[part], clip_ids[part]) for part in ("train", "validation"))
 
 
 class OtherNetwork(torch.nn.Module):
