@@ -273,7 +273,7 @@ def print_part(part, result):
 def compare(ours, theirs):
     """Print, write and draw how Evaluation `ours` differs from `theirs`, that of --against, on the test clips of both.
 
-    Raises InputError if one checkpoint has seen test clips of the other, if they share none, or if their tags differ.
+    Raises InputError if one of both has seen test clips before, if they share none, or if their tags differ.
     """
     name, against = str(ours.settings.checkpoint or ours.settings.name), ours.settings.against
     one, other, rows = ours.checkpoint, theirs.checkpoint, np.intersect1d(ours.rows["test"], theirs.rows["test"])
@@ -281,7 +281,7 @@ def compare(ours, theirs):
     ids = torch.cat([one["clip_ids"]["test"], other["clip_ids"]["test"]]).unique()
     n_seen, n_perhaps = count_seen(ids, clips_seen(one) + clips_seen(other), dumps).values()
     if n_seen:
-        seen = f"{n_seen:,} test clips of one were seen in training by the other, or before by what they started from"
+        seen = f"{n_seen:,} clips of the two test sets were trained or chosen on, by one or by what it started from"
         raise InputError(f"{name}, {against}: {seen}; use one split for all")
     if n_perhaps:
         notes.append(f"{n_perhaps:,} test clips have ids that one network saw in other data, of maybe other clips")
@@ -304,7 +304,7 @@ def compare(ours, theirs):
 
 
 def print_comparison(result):
-    name, against, of_many = result["name"], result["against"], f", even as one of {len(result['tags'])} tags"
+    name, against, of_many = result["name"], result["against"], f", allowing for {len(result['tags'])} tags"
     print(f"{name} - {against}, {result['clips']:,} test clips of both")
     print(f"  ROC-AUC            {format_interval(result['roc_auc'])}  macro over {len(result['tags'])} tags")
     print(f"  average precision  {format_interval(result['average_precision'])}")

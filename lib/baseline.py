@@ -38,8 +38,8 @@ def origins_of(info, kind):
 def names_only_predictions(labels, train, info):
     """Return the probabilities, (clips, tags), that nothing but the labels of the rows `train` gives to all clips.
 
-    They are the means over a clip's album, drawn towards those over its artist, drawn towards those over all: the mean
-    above weighs like one more clip. (With 0.3 to 10 such clips, MagnaTagATune's ROC-AUC stays within 0.001.)
+    They are the means over a clip's album, shrunk towards those over its artist, and these towards those over all: the
+    mean above weighs like one more clip. (With 0.3 to 10 such clips, MagnaTagATune's ROC-AUC stays within 0.001.)
     """
     probabilities = np.tile(labels[train].mean(axis=0), (len(labels), 1))
     for kind in ("artist", "album"):

@@ -17,7 +17,7 @@ from lib.parallel import prepare_device
 from model import build_network
 
 # What count_seen returns, in words
-SEEN = "{seen_before:,} clips, {seen_before_by_id:,} more by id (other data, maybe other clips): they score too high"
+SEEN = "{seen_before:,} clips for certain, {seen_before_by_id:,} perhaps (equal ids in other data); they score too high"
 
 
 def save(path, checkpoint):
@@ -87,7 +87,7 @@ def start_from(source, checkpoint, net):
     checkpoint["seen_before"] = clips_seen(source)
     seen = count_seen(checkpoint["clip_ids"]["test"], checkpoint["seen_before"], [checkpoint["dump"]])
     if any(seen.values()):
-        print(f"note: of the test set, that checkpoint or one before has seen {SEEN.format_map(seen)}")
+        print(f"note: of the test set, that checkpoint, or one before it, has seen {SEEN.format_map(seen)}")
     weights, same_tags = source["weights"], source["tag_names"] == checkpoint["tag_names"]
     if not same_tags:
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}

@@ -112,7 +112,7 @@ def tag_differences(path, rows, title, synthetic=False):
         places, values = _intervals(axes, rows)
         clear = np.array([row["differs_clearly"] for row in rows], bool)
         axes.plot(values[clear], places[clear], "o", color=VERMILLION, markersize=4, label="differs clearly")
-        axes.plot(values[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="cannot tell")
+        axes.plot(values[~clear], places[~clear], "o", color=BLUE, markersize=4, mfc="white", label="may be chance")
         axes.legend(**ABOVE)
         axes.set_xlabel("difference of ROC-AUC and its 95% interval")
     return figure

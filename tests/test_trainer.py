@@ -191,7 +191,7 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     assert same_checkpoint(same["normalization"], started["normalization"])
     assert same["hyperparameters"]["start_from"] == str(best)
     done = call_script("trainer.py", *arguments, "other", "--n-tags", 2).stdout  # whose split differs too
-    assert "a fresh last layer" in done and "has seen 3 clips, 0 more by id" in done
+    assert "a fresh last layer" in done and "has seen 3 clips for certain, 0 perhaps" in done
     other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
     assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["head.bias"]) == 2
     os.unlink(best)
@@ -207,9 +207,9 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     once, twice = tmp_path / "same/last.pt", tmp_path / "twice/best.pt"
     arguments = ["--experiments", tmp_path, *TINY, "--epochs", 0, "--n-tags", 2, "--start-from"]
     done = call_script("trainer.py", *arguments, once, "--data", tmp_path / "other chunks", "--name", "twice").stdout
-    assert "has seen 3 clips, 0 more by id" in done
+    assert "has seen 3 clips for certain, 0 perhaps" in done
     done = call_script("trainer.py", *arguments, twice, "--data", tmp_path / "other data", "--name", "thrice").stdout
-    assert "has seen 0 clips, 3 more by id (other data, maybe other clips)" in done
+    assert "has seen 0 clips for certain, 3 perhaps (equal ids in other data)" in done
     of_each = [load_checkpoint(path)["clip_ids"] for path in (uninterrupted[0] / "best.pt", once, twice)]
     found = load_checkpoint(tmp_path / "thrice/best.pt")["seen_before"]
     assert [dump for dump, _ in found] == [Dump(small).fingerprint] * 3
