@@ -77,7 +77,7 @@ def main():
     bands = band_features(*ours.dump.verify())
     predicted = {part: ours.predict(ours.rows[part]) for part in EVALUATED}
     baseline = baseline_predictions(bands, ours.labels, ours.rows["train"]) if settings.baseline else None
-    names_only = names_only_predictions(ours.labels, ours.rows["train"], ours.info) if ours.info else None
+    names_only = names_only_predictions(ours.labels, ours.rows["train"], ours.origins) if ours.origins else None
     results = {"checkpoint": str(path), "data": str(settings.data), "synthetic": ours.dump.synthetic}
     results |= {"other_data": ours.checkpoint["dump"] != ours.dump.fingerprint, "intervals": ours.intervals}
     for part, probabilities in predicted.items():
@@ -90,7 +90,7 @@ class Evaluation:
     """A checkpoint and the dump to score it on; `rows` are the dump's rows of each part of the checkpoint's split.
 
     `labels` (clips, tags) are those of the checkpoint's tags, `groups` (clips,) the units that the bootstrap
-    draws, `info` the clips' origins if there is a table of them. Raises InputError if dump and checkpoint don't match.
+    draws, `origins` and `repeatability` lib.baseline's, None without a clip table. Raises InputError for other data.
     """
 
     def __init__(self, settings, path):
@@ -99,8 +99,9 @@ class Evaluation:
         self.checkpoint, self.dump = load_checkpoint(path), Dump(settings.data)
         self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
         has_info = (settings.data / "clip_info_final.csv").exists()
-        self.info = clip_info_of(settings.data, self.dump.ids) if has_info else None
-        self.groups = origins_of(self.info, "track") if has_info else self.dump.ids
+        self.origins = origins_of(clip_info_of(settings.data, self.dump.ids)) if has_info else None
+        self.groups = self.origins["track"] if has_info else self.dump.ids
+        self.repeatability = repeatability(self.labels, self.groups) if has_info else None
         self.intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if has_info else 'clips'}"
 
     def predict(self, rows):
@@ -150,7 +151,7 @@ def score_part(evaluation, rows, probabilities, rivals):
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
         "tags": per_tag_rows(evaluation, rows, ours),
-        "leakage": leakage(evaluation, rows, probabilities) if evaluation.info else None,
+        "leakage": leakage(evaluation, rows, probabilities) if evaluation.origins else None,
     }
     for name, of_all_clips in zip(RIVALS, rivals):
         theirs = None if of_all_clips is None else evaluation.scores(rows, of_all_clips[rows])
@@ -162,8 +163,8 @@ def per_tag_rows(evaluation, rows, found):
     """Return a row of `found`, the scores on the dump's `rows`, for each tag, in the checkpoint's order."""
     labels, columns = evaluation.labels[rows], {"tag": evaluation.checkpoint["tag_names"]}
     columns |= {"positives": labels.sum(axis=0, dtype=int), "prevalence": labels.mean(axis=0)}
-    if evaluation.info:
-        columns["repeatability"] = repeatability(evaluation.labels, evaluation.info)
+    if evaluation.origins:
+        columns["repeatability"] = evaluation.repeatability
     for name, values, low, high in found.intervals():
         columns |= {name: values, f"{name}_low": low, f"{name}_high": high}
     rows = zip(*(np.asarray(values).tolist() for values in columns.values()))
@@ -175,8 +176,7 @@ def leakage(evaluation, rows, probabilities):
     found, checkpoint = {}, evaluation.checkpoint
     earlier = [ids["train"] for dump, ids in checkpoint["seen_before"] if same_clips(dump, [checkpoint["dump"]])]
     heard = np.isin(evaluation.dump.ids, torch.cat([checkpoint["clip_ids"]["train"], *earlier]).numpy())
-    for kind in ("track", "album", "artist"):
-        origins = origins_of(evaluation.info, kind)
+    for kind, origins in evaluation.origins.items():
         fresh = ~np.isin(origins[rows], origins[heard])
         enough = fresh.sum() >= ENOUGH_CLIPS
         per_tag = scores.roc_auc(evaluation.labels[rows][fresh], probabilities[fresh]) if enough else np.nan

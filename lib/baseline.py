@@ -30,12 +30,12 @@ def baseline_predictions(features, labels, train):
     return probabilities
 
 
-def origins_of(info, kind):
-    """Return each clip's "artist", "album" or "track", a field of tags.ClipInfo, as text: (clips,)."""
-    return np.array([str(getattr(clip, kind)) for clip in info])
+def origins_of(info):
+    """Return {"track": each clip's as text, (clips,), "album": ..., "artist": ...} from its tags.ClipInfo."""
+    return {kind: np.array([str(getattr(clip, kind)) for clip in info]) for kind in ("track", "album", "artist")}
 
 
-def names_only_predictions(labels, train, info):
+def names_only_predictions(labels, train, origins):
     """Return the probabilities, (clips, tags), that nothing but the labels of the rows `train` gives to all clips.
 
     They are the means over a clip's album, shrunk towards those over its artist, and these towards those over all: the
@@ -43,21 +43,21 @@ def names_only_predictions(labels, train, info):
     """
     probabilities = np.tile(labels[train].mean(axis=0), (len(labels), 1))
     for kind in ("artist", "album"):
-        sums, n_clips = sums_of_same(origins_of(info, kind), labels, train)
+        sums, n_clips = sums_of_same(origins[kind], labels, train)
         probabilities = (sums + probabilities) / (n_clips + 1)
     return probabilities
 
 
-def repeatability(labels, info):
+def repeatability(labels, tracks):
     """Return, over the clips with a tag, the mean share of their track's other clips that have it too: (tags,)."""
-    sums, n_clips = sums_of_same(origins_of(info, "track"), labels, slice(None))
+    sums, n_clips = sums_of_same(tracks, labels, slice(None))
     with np.errstate(invalid="ignore"):  # a track of one clip has no others: NaN
         return macro(np.where(labels, (sums - labels) / (n_clips - 1), np.nan).T)
 
 
-def sums_of_same(origins, labels, rows):
-    """Return the sums of the labels, (clips, tags), and the number, (clips, 1), of the `rows` with a clip's origin."""
-    names, group = np.unique(origins, return_inverse=True)
-    sums, n_clips = np.zeros((len(names), labels.shape[1])), np.bincount(group[rows], minlength=len(names))
+def sums_of_same(names, labels, rows):
+    """Return the sums of the labels, (clips, tags), and the number, (clips, 1), of the `rows` with a clip's name."""
+    groups, group = np.unique(names, return_inverse=True)
+    sums, n_clips = np.zeros((len(groups), labels.shape[1])), np.bincount(group[rows], minlength=len(groups))
     np.add.at(sums, group[rows], labels[rows])
     return sums[group], n_clips[group, None]

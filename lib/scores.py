@@ -25,7 +25,7 @@ def of_each_tag(score, labels, probabilities):
     return np.array([score(label, column) if np.ptp(label) else np.nan for label, column in columns])
 
 
-roc_auc = functools.partial(of_each_tag, roc_auc_score)
+roc_auc = functools.partial(of_each_tag, roc_auc_score)  # of (labels, probabilities)
 
 
 def clip_roc_auc(labels, probabilities):

@@ -243,7 +243,7 @@ MUTANTS = [
     *of("evaluate.py", NAMES,
         ('only_predictions(ours.labels, ours.rows["train"]', 'only_predictions(ours.labels, ours.rows["test"]'),
         ("zip(RIVALS, rivals)", "zip(RIVALS, rivals[::-1])"),
-        ("repeatability(evaluation.labels, evaluation", "repeatability(1 - evaluation.labels, evaluation")),
+        ("repeatability(self.labels, self.groups)", "repeatability(1 - self.labels, self.groups)")),
     *of("lib/baseline.py", "test_evaluate.py",
         ('("artist", "album")', '("album",)'),
         ('("artist", "album")', '("album", "artist")'),

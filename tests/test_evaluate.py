@@ -17,7 +17,7 @@ import evaluate
 from conftest import write_clip_info, write_dump
 from lib import scores
 from lib.audio import FRONT_END
-from lib.baseline import baseline_predictions, names_only_predictions, repeatability
+from lib.baseline import baseline_predictions, names_only_predictions, origins_of, repeatability
 from lib.checkpoint import load_checkpoint, load_network, save
 from lib.common import InputError
 from lib.dump import Dump
@@ -206,14 +206,16 @@ def test_names_alone_by_hand():
         of_artist,
         1 / 2,
     )
-    assert names_only_predictions(labels, np.arange(4), info)[:, 0] == pytest.approx(expected)
+    assert names_only_predictions(labels, np.arange(4), origins_of(info))[:, 0] == pytest.approx(expected)
 
 
 def test_how_well_labels_repeat_by_hand():
     """Of three clips of a track, two have the first tag; a track of one clip says nothing."""
     info = [ClipInfo("A", ("A", 1), track) for track in (0, 0, 0, 1, 1, 2)]
     labels = np.array([[1, 0], [1, 0], [0, 0], [1, 0], [0, 0], [1, 1]], np.uint8)
-    assert repeatability(labels, info) == pytest.approx([(1 / 2 + 1 / 2 + 0) / 3, np.nan], nan_ok=True)
+    assert repeatability(labels, origins_of(info)["track"]) == pytest.approx(
+        [(1 / 2 + 1 / 2 + 0) / 3, np.nan], nan_ok=True
+    )
 
 
 def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, call_evaluate, capsys, tmp_path):
@@ -254,12 +256,12 @@ def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, c
     )
     settings = evaluate.Settings(data=evaluated, resamples=9, device="cpu")
     one = evaluate.Evaluation(settings, by_artist)
-    names_only = names_only_predictions(one.labels, one.rows["train"], one.info)
+    names_only = names_only_predictions(one.labels, one.rows["train"], one.origins)
     result = evaluate.score_part(one, one.rows["test"], probabilities[one.rows["test"]], (None, names_only))
     assert result["names_only"]["roc_auc"] == {"value": 0.5, "low": 0.5, "high": 0.5} and result["baseline"] is None
     assert result["leakage"]["share_of_artist"] == 0
     other = evaluate.Evaluation(settings, by_artist)
-    other.info = None
+    other.origins = None
     assert (
         "repeatability"
         not in evaluate.per_tag_rows(other, one.rows["test"], one.scores(one.rows["test"], names_only[24:]))[0]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, write_clip_info, write_dump
 from get_data import ANNOTATIONS, CLIP_INFO
 from lib import scores
-from lib.baseline import names_only_predictions, repeatability
+from lib.baseline import names_only_predictions, origins_of, repeatability
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.splits import divide_clips, split_by_artist, split_by_folder, split_sizes
@@ -141,18 +141,19 @@ def test_the_real_splits_have_the_published_sizes_and_leakage(real_tables):
 def test_what_names_alone_predict_of_the_real_music(real_tables):
     """What a network has to beat on the paper's split and on the folders, and how rarely annotators agree."""
     annotations = read_annotations(annotations_file(real_tables))
-    info, rng = clip_info_of(real_tables, annotations.ids), np.random.RandomState(1337)
+    origins = origins_of(clip_info_of(real_tables, annotations.ids))
+    rng = np.random.RandomState(1337)
     initialize(MultiScaleCNN(50), rng)
     parts = {True: split_clips(25863, 18000, 2000, rng), False: split_by_folder(annotations.mp3_paths, rng)}
     found = {}
     for merge, (train, validation, test) in parts.items():
         labels, names = select_tags(annotations.labels, annotations.tag_names, 50, merge)
-        predicted = names_only_predictions(labels, train, info)
+        predicted = names_only_predictions(labels, train, origins)
         for rows in (validation, test):
             of_tags = (scores.of_each_tag(score, labels[rows], predicted[rows]) for score in scores.SCORES.values())
             found.setdefault(merge, []).append([round(scores.macro(each), 3) for each in of_tags])
         if merge:
-            repeated = dict(zip(names, repeatability(labels, info)))
+            repeated = dict(zip(names, repeatability(labels, origins["track"])))
     assert found == {True: [[0.875, 0.365], [0.879, 0.346]], False: [[0.744, 0.197], [0.748, 0.184]]}
     assert np.mean(list(repeated.values())) == pytest.approx(0.316, abs=5e-4)
     assert [round(repeated[name], 2) for name in ("rock", "choir")] == [0.63, 0.58]
