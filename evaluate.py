@@ -1,7 +1,7 @@
 """Score a trained checkpoint on its validation and test clips, or tag your own music with it.
 
-Writes results.json, tables and pictures beside the checkpoint, or into --output. With --against, compares it with
-another experiment's on the test clips of both. With --tag, prints the most likely tags of each audio file instead.
+Writes results.json, tables and pictures beside the checkpoint, or into --output; for several names, means over seeds
+too. With --against, compares two experiments instead. With --tag, prints the most likely tags of audio files instead.
 """
 
 import json
@@ -20,9 +20,11 @@ from lib import scores
 from lib.baseline import band_features, baseline_predictions, names_only_predictions, origins_of, repeatability
 from lib.checkpoint import SEEN, clips_seen, count_seen, load_checkpoint, load_network
 from lib.dump import Dump, same_clips
+from lib.experiment import require_other_seeds
 from lib.library import ELSEWHERE, tag_files
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, started_with_others
+from lib.published import published
 from lib.scores import format_score
 from lib.tagger import Tagger  # noqa: F401 - re-exported
 from tags import clip_info_of, select_tags
@@ -32,7 +34,7 @@ from tags import clip_info_of, select_tags
 class Settings:
     # what to evaluate
     experiments: Path = ROOT / "experiments"  # folder of all experiments
-    name: str = "paper"  # the experiment whose best.pt is evaluated
+    name: tuple[str, ...] = ("paper",)  # experiment whose best.pt is evaluated; or several that differ in their seeds
     checkpoint: Path | None = None  # another checkpoint, instead of the experiment's best.pt
     output: Path | None = None  # folder for tables and pictures, instead of the checkpoint's
     data: Path = ROOT / "data"  # folder with the dump
@@ -65,25 +67,36 @@ def main():
     settings = tyro.cli(Settings, description=__doc__)
     if started_with_others():
         raise InputError("evaluate.py: runs in one process; start it with python instead of torchrun")
-    path = settings.checkpoint or settings.experiments / settings.name / "best.pt"
+    paths = [settings.checkpoint or settings.experiments / name / "best.pt" for name in settings.name]
+    if len(paths) != 1 and (not paths or settings.tag or settings.checkpoint or settings.against):
+        raise InputError("--name: takes one experiment, or several only to score them")
     if settings.tag is not None or settings.csv or settings.json or settings.taggram:
-        return tag_files(settings, path)
-    ours = Evaluation(settings, path)
+        return tag_files(settings, paths[0])
+    require_other_seeds([path.parent for path in paths])
+    ours, *others = evaluations = [Evaluation(settings, path) for path in paths]
+    for each in evaluations:
+        require_writable(each.output, ELSEWHERE)
     print(end=ours.dump.note_on_table())
-    require_writable(ours.output, ELSEWHERE)
     if settings.against:
         return compare(ours, Evaluation(settings, settings.experiments / settings.against / "best.pt"))
+    results = [evaluate(each) for each in evaluations]
+    if others:
+        write_table((settings.output or ours.output) / "seeds.csv", print_over_seeds(dict(zip(settings.name, results))))
 
+
+def evaluate(ours):
+    """Print, write and return the scores of an Evaluation."""
     bands = band_features(*ours.dump.verify())
     predicted = {part: ours.predict(ours.rows[part]) for part in EVALUATED}
-    baseline = baseline_predictions(bands, ours.labels, ours.rows["train"]) if settings.baseline else None
+    baseline = baseline_predictions(bands, ours.labels, ours.rows["train"]) if ours.settings.baseline else None
     names_only = names_only_predictions(ours.labels, ours.rows["train"], ours.origins) if ours.origins else None
-    results = {"checkpoint": str(path), "data": str(settings.data), "synthetic": ours.dump.synthetic}
-    results |= {"other_data": ours.checkpoint["dump"] != ours.dump.fingerprint, "intervals": ours.intervals}
-    for part, probabilities in predicted.items():
-        results[part] = score_part(ours, ours.rows[part], probabilities, (baseline, names_only))
+    results = {"checkpoint": str(ours.path), "made_with": ours.checkpoint["made_with"], "intervals": ours.intervals}
+    results |= {"data": str(ours.dump.data), "synthetic": ours.dump.synthetic}
+    results["other_data"] = ours.checkpoint["dump"] != ours.dump.fingerprint
+    results |= {part: score_part(ours, ours.rows[part], predicted[part], (baseline, names_only)) for part in EVALUATED}
     print_results(results, ours.checkpoint)  # before writing: a full disk must not lose them
     write_results(ours, results, predicted)
+    return results
 
 
 class Evaluation:
@@ -95,7 +108,8 @@ class Evaluation:
 
     def __init__(self, settings, path):
         self.settings, self.device = settings, choose_device(settings.device)
-        self.output = settings.output or path.parent
+        folder = settings.output and settings.output / (path.parent.name if len(settings.name) > 1 else "")
+        self.path, self.output = path, folder or path.parent
         self.checkpoint, self.dump = load_checkpoint(path), Dump(settings.data)
         self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
         has_info = (settings.data / "clip_info_final.csv").exists()
@@ -126,8 +140,7 @@ def clips_of(checkpoint, dump, other_data):
         raise InputError(f"{dump.data}: made with a different front end from the checkpoint's; remake the spectrograms")
     merge = checkpoint["hyperparameters"].get("merge_tags", True)
     labels, names = select_tags(dump.labels, dump.tag_names, len(dump.tag_names), merge)
-    missing = [name for name in checkpoint["tag_names"] if name not in names]
-    if missing:
+    if missing := [name for name in checkpoint["tag_names"] if name not in names]:
         raise InputError(f"{dump.data}: has no tag {', '.join(missing)}; point --data at the checkpoint's data")
     rows = {}
     for part, ids in checkpoint["clip_ids"].items():
@@ -222,16 +235,15 @@ def write_json(path, results):
 
 
 def print_results(results, checkpoint):
-    print(f"{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
+    print(f"{results['checkpoint']}\n{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
     for row in sorted(results["test"]["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
         share = f"{row['positives']:,} ({row['prevalence']:.1%})"
         print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
     for part in EVALUATED:
         print_part(part, results[part])
-    print(f"\nbrackets: {results['intervals']}")
-    print(scores.compare_with_paper(checkpoint))
-    if results["other_data"]:
-        print(f"note: {results['data']} is not the checkpoint's dump (--other-data)")
+    print(f"\nbrackets: {results['intervals']}", *(f"made with {line}" for line in results["made_with"]), sep="\n")
+    other = f"note: {results['data']} is not the checkpoint's dump (--other-data): nothing published to compare with"
+    print(other if results["other_data"] else published(checkpoint))
 
 
 def bracketed(row, score):
@@ -270,12 +282,24 @@ def print_part(part, result):
             print(f"  network - {name.split('_')[0]:<8} ROC-AUC {format_interval(gain)}{verdict}")
 
 
+def print_over_seeds(results):
+    """Print, and return as a table, mean and standard deviation of every score of {experiment: results}."""
+    found = [scores.all_scores({part: each[part] for part in EVALUATED}) for each in results.values()]
+    table = [("score", "mean", "standard_deviation", *results)]
+    print(f"\nmean and standard deviation over {len(results)} seeds: {', '.join(results)}")
+    for score in sorted(found[0], key=lambda name: " tags " not in name):
+        values = [each[score] for each in found]
+        table.append((score, np.mean(values), np.std(values, ddof=1), *values))
+        print(f"  {score:<66}{format_score(table[-1][1])} ± {format_score(table[-1][2])}")
+    return table
+
+
 def compare(ours, theirs):
     """Print, write and draw how Evaluation `ours` differs from `theirs`, that of --against, on the test clips of both.
 
     Raises InputError if one of both has seen test clips before, if they share none, or if their tags differ.
     """
-    name, against = str(ours.settings.checkpoint or ours.settings.name), ours.settings.against
+    name, against = str(ours.settings.checkpoint or ours.settings.name[0]), ours.settings.against
     one, other, rows = ours.checkpoint, theirs.checkpoint, np.intersect1d(ours.rows["test"], theirs.rows["test"])
     notes, dumps = [], {one["dump"], other["dump"]}
     ids = torch.cat([one["clip_ids"]["test"], other["clip_ids"]["test"]]).unique()

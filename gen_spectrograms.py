@@ -13,6 +13,7 @@ import sys
 import traceback
 import unicodedata
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def start_or_resume(data, plan):
     if not (data / MANIFEST).exists():
         if unexpected := chunk_files(data):
             raise InputError(f"{unexpected[0]}: of a dump without {MANIFEST}; move it away, or --overwrite deletes it")
-        write_manifest(data, {**plan, "complete": False})
+        made_with = ", ".join(f"{name} {version(name)}" for name in ("librosa", "soxr"))
+        write_manifest(data, {**plan, "complete": False, "made_with": made_with})
     return manifest_of(data, plan)
 
 
@@ -103,7 +105,7 @@ def reopen(settings, plan, annotations, chunks):
         records = dump.records()
         for chunk in chunks:
             chunk.reopen(records[chunk.rows.start : chunk.rows.stop], settings.retry_bad)
-        write_manifest(settings.data, {**plan, "complete": False})
+        write_manifest(settings.data, {**plan, "complete": False, "made_with": dump.made_with})
     return read_manifest(settings.data)
 
 

@@ -117,8 +117,7 @@ def clip_info_of(data, ids):
     columns = ("artist", "album", "track_number", "title")
     if not set(columns) <= set(header):
         raise InputError(f"{path}, line 1: must have the columns {', '.join(columns)}")
-    missing = [clip for clip in ids.tolist() if clip not in rows]
-    if missing:
+    if missing := [clip for clip in ids.tolist() if clip not in rows]:
         raise InputError(f"{path}: lacks {len(missing):,} of the {len(ids):,} clips, the first of them {missing[0]}")
     info = []
     for clip in ids.tolist():

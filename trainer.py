@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from lib.checkpoint import load_checkpoint, resume, resume_state, save, start_from
+from lib.checkpoint import load_checkpoint, made_with, resume, resume_state, save, start_from
 from lib.dump import Dump, band_normalization
-from lib.experiment import claimed_folder, hyperparameters, require_same_clips, write_outputs
+from lib.experiment import claimed_folder, hyperparameters, require_same, write_outputs
 from lib.loader import Loader, predict
 from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
 from lib.parallel import rank, share_of_batch, world_size
-from lib.scores import compare_with_paper, format_score, macro, roc_auc
+from lib.published import published
+from lib.scores import format_score, macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - one is re-exported
 from model import all_reduce, build_network, initialize
 from tags import select_tags
@@ -44,6 +45,8 @@ class Settings:
     split: Literal["random", "folder", "artist"] = "random"  # random is the paper's; README.md compares them
     train_size: Count = 18000  # clips, in the random and artist splits
     validation_size: Count = 2000  # clips; what training and validation leave is the test set
+    untagged: bool = True  # keep clips that have none of the tags; other papers mostly leave them out
+    split_seed: Seed = None  # draws the split instead of --seed, so that other seeds have the same clips
     normalize_on: Literal["all", "train"] = "all"  # clips that give the mean and deviation of each mel band
 
     # optimisation
@@ -80,7 +83,7 @@ def train(settings, dump, device, folder, last=None):
     dtype = prepare_device(device, settings.precision, settings.tf32)
     net = build_network(len(tag_names)).to(dtype)
     initialize(net, rng)
-    parts = divide_clips(settings, dump, rng)
+    parts = divide_clips(settings, dump, labels, rng)
 
     # ====== optimiser ======
     net = net.to(device, memory_format=torch.channels_last)
@@ -98,13 +101,14 @@ def train(settings, dump, device, folder, last=None):
         "dump": dump.fingerprint,
         "seen_before": last["seen_before"] if last else [],  # [(dump, clip_ids), ...] of what it started from
         "synthetic": dump.synthetic,  # trained on the demo
+        "made_with": made_with(device, dump, last),  # commit, versions and machine, a line for each start
     }
     history = checkpoint["history"]
 
     # ====== resume, or start from another checkpoint's weights ======
     source = last
     if last:
-        require_same_clips(last, checkpoint, settings.data)
+        require_same(last, checkpoint, {"epochs"}, f"{folder / 'last.pt'}: resumes only as it began, and this differs")
         resume(last, net, optimizer, parts["train"], rng)
     elif settings.start_from:
         source = load_checkpoint(settings.start_from)
@@ -146,7 +150,7 @@ def train(settings, dump, device, folder, last=None):
         test, chosen = validate(net, loader, labels, parts["test"], settings), best["history"][-1]
         validation = f"{format_score(chosen['validation_roc_auc'])} (epoch {chosen['epoch']})"
         print(f"best validation ROC-AUC {validation}, test ROC-AUC {format_score(test)}")
-        print(compare_with_paper(best))
+        print(published(best))
 
 
 def print_summary(settings, checkpoint, dump, net, device):
@@ -161,9 +165,8 @@ def print_summary(settings, checkpoint, dump, net, device):
     print(end=dump.note_on_table())
     print(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
     print(f"machine    {device}, {settings.precision}{' with TF32 matrix products' * tf32}, {world_size()} process(es)")
-    print(f"schedule   {settings.epochs} epochs, learning rate {settings.learning_rate:g}")
-    if n_done:
-        print(f"resuming   after epoch {n_done}")
+    print(f"seeds      --seed {settings.seed}, --split-seed {settings.split_seed}")
+    print(f"schedule   epochs {n_done + 1} to {settings.epochs}, learning rate {settings.learning_rate:g} at first")
 
 
 def train_epoch(net, optimizer, loader, batches, epoch):

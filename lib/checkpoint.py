@@ -4,20 +4,32 @@ trainer.train has the literal that says what a checkpoint holds.
 """
 
 import io
+import platform
 import re
+import subprocess
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.common import InputError, reason, whole_file
+from lib.common import ROOT, InputError, reason, whole_file
 from lib.dump import same_clips
-from lib.parallel import prepare_device
+from lib.parallel import prepare_device, world_size
 from model import build_network
 
 # What count_seen returns, in words
 SEEN = "{seen_before:,} clips for certain, {seen_before_by_id:,} perhaps (equal ids in other data); they score too high"
+
+
+def made_with(device, dump, last):
+    """Return what a report of the scores has to name, a line for each start of the run; `last` has the earlier ones."""
+    describe = "git --git-dir=.git describe --always --dirty --exclude='*'"  # not of a repository around this folder
+    commit = subprocess.run(describe, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    info = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else info[1] if info else platform.machine()
+    made = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {dump.made_with}"
+    return [*dict.fromkeys([*(last["made_with"] if last else []), f"commit {commit}, {made}, {world_size()} x {name}"])]
 
 
 def save(path, checkpoint):
@@ -43,7 +55,7 @@ def load_checkpoint(path):
         weights = dict(checkpoint["weights"])  # drops the metadata, where load_state_dict leaves assign=True
         if "head.weight" not in weights:  # earlier versions called the head "top"
             weights = {re.sub(r"^top\.", "head.", name): value for name, value in weights.items()}
-        checkpoint |= {"weights": weights, "seen_before": checkpoint.get("seen_before", [])}
+        checkpoint = {"seen_before": [], "made_with": ["an earlier version"], **checkpoint, "weights": weights}
         with torch.device("meta"):
             build_network(len(checkpoint["tag_names"])).load_state_dict(weights, assign=True)
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged

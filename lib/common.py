@@ -33,7 +33,7 @@ def number(kind, low, high=1e9):
         return value
 
     spec = PrimitiveConstructorSpec(1, kind.__name__.upper(), parse, lambda value: True, lambda value: [str(value)])
-    return Annotated[kind, spec]
+    return Annotated[kind | None, spec]  # None may be a default
 
 
 Count = number(int, 1)

@@ -175,6 +175,7 @@ class Dump:
             raise InputError(f"{data}: no complete dump here; run gen_spectrograms.py --data {data}")
         self.front_end, self.synthetic = self.manifest["front_end"], self.manifest["synthetic"]
         self.n_bad = self.manifest["outcomes"]["zero"]
+        self.made_with = self.manifest.get("made_with", "librosa and soxr unknown")  # in a dump of an earlier version
         self.fingerprint = ",".join(sorted(self.manifest["crc32"].values()))
         self.ids, self.labels = self._load("ids.npy"), self._load("tags.npy")
         self.tag_names, self.mp3_paths = self._load("tag_names.npy").tolist(), self._load("mp3_paths.npy").tolist()

@@ -2,20 +2,20 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 
-import torch
 import torch.distributed as dist
 
 from lib.checkpoint import load_checkpoint, save
 from lib.common import InputError, lock, optional_picture, whole_file, write_table
 from lib.parallel import rank, world_size
 
-MAY_DIFFER = {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}  # when a run resumes
+PLACE = {"data", "experiments", "name", "resume", "overwrite", "device"}  # settings that may differ in one experiment
 # What belongs to a checkpoint besides last.pt; those from results.json on are evaluate.py's
 OUTPUTS = "best.pt hyperparameters.json history.csv curves.png results.json per_tag.* correlations.png taggram_*.png"
-OUTPUTS += " predictions_*.csv worth_a_listen.csv comparison.*"
+OUTPUTS += " predictions_*.csv worth_a_listen.csv comparison.* seeds.csv"
 SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, too long after short epochs
 
 
@@ -45,20 +45,31 @@ def saved_experiment(folder, settings):
     saved = load_checkpoint(last)
     if "continuation" not in saved:
         raise InputError(f"{last}: lacks the state that resuming needs; it is a copy of another checkpoint")
-    then, now = hyperparameters(type(settings)()) | saved["hyperparameters"], hyperparameters(settings)
-    names = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
-    if differing := [f"{name} ({then[name]} there, {now[name]} now)" for name in names]:
-        raise InputError(f"{last}: has other hyperparameters: {', '.join(differing)}; resume with the same")
+    saved["hyperparameters"] = hyperparameters(type(settings)()) | saved["hyperparameters"]  # which may lack new ones
     if not best.exists() and not saved["history"][-1]["best"]:  # else write_outputs had no time to write it
         raise InputError(f"{best}: missing; --overwrite starts over")
     return saved
 
 
-def require_same_clips(saved, checkpoint, data):
-    """Raise InputError if `saved` was trained on another dump, or on other clips or tags of it."""
-    same_clips = all(torch.equal(ids, saved["clip_ids"][part]) for part, ids in checkpoint["clip_ids"].items())
-    if saved["dump"] != checkpoint["dump"] or saved["tag_names"] != checkpoint["tag_names"] or not same_clips:
-        raise InputError(f"{data}: not the dump that this experiment was started on")
+def require_same(one, other, may_differ, refusal):
+    """Raise InputError, naming what differs, unless two checkpoints have equal clips and, but for a few, settings."""
+    then, now = one["hyperparameters"], other["hyperparameters"]
+    names = [name for name in then if name not in PLACE | may_differ and then[name] != now.get(name, then[name])]
+    differing = [f"{name} ({then[name]} against {now[name]})" for name in names]
+    differing += [name for name in ("dump", "tag_names") if one[name] != other[name]]
+    differing += [f"{part} clips" for part, ids in one["clip_ids"].items() if not ids.equal(other["clip_ids"][part])]
+    differing += ["epochs so far"] * (len(one["history"]) != len(other["history"]))
+    if differing:
+        raise InputError(f"{refusal}: {', '.join(differing)}")
+
+
+def require_other_seeds(folders):
+    """Raise InputError unless the experiments in `folders` differ in the seed, and in nothing else."""
+    for pair in itertools.combinations(folders, 2):
+        names, one, other = " and ".join(map(str, pair)), *(load_checkpoint(folder / "last.pt") for folder in pair)
+        require_same(one, other, {"seed", "split_seed"}, f"{names} differ in more than the seed (see --split-seed)")
+        if one["hyperparameters"]["seed"] == other["hyperparameters"]["seed"]:
+            raise InputError(f"{names} have the same seed")
 
 
 def hyperparameters(settings):

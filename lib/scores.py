@@ -4,6 +4,7 @@ A tag (or clip) whose labels are all of one class has no ROC-AUC: it is NaN here
 """
 
 import functools
+import re
 import warnings
 from typing import NamedTuple
 
@@ -12,8 +13,6 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 SCORES = {"roc_auc": roc_auc_score, "average_precision": average_precision_score}
-PAPER = {"validation": 0.904, "test": 0.900}  # macro ROC-AUC that the paper reports
-PAPER_SIZES = {"train": 18000, "validation": 2000, "test": 5863}  # clips
 
 
 def of_each_tag(score, labels, probabilities):
@@ -142,12 +141,11 @@ def differs_clearly(labels, groups, difference):
     return enough & (np.abs(difference.per_tag[0]) > limit * deviations)
 
 
-def compare_with_paper(checkpoint):
-    """Return the line that puts the paper's figures beside ours, and says whether they can be compared."""
-    figures = f"the paper: validation {PAPER['validation']:.3f}, test {PAPER['test']:.3f} (MagnaTagATune)"
-    if checkpoint["synthetic"]:
-        return f"{figures}; the scores above are on SYNTHETIC clips and say nothing about music"
-    sizes = {part: len(ids) for part, ids in checkpoint["clip_ids"].items()}
-    papers = {"split": "random", "n_tags": 50, "merge_tags": True, "start_from": None}
-    same = sizes == PAPER_SIZES and papers.items() <= {"start_from": None, **checkpoint["hyperparameters"]}.items()
-    return figures if same else f"{figures}; not comparable: other clips, tags or split, or fine-tuned"
+def all_scores(results, path=""):
+    """Return {path: value} of every score in what results.json holds, without the ends of intervals."""
+    if path == "test tags":
+        results = {row["tag"]: row for row in results}
+    if isinstance(results, dict):
+        return {name: x for key in results for name, x in all_scores(results[key], f"{path} {key}".lstrip()).items()}
+    is_score = re.search(r"(roc_auc|average_precision| value|precision_at \d|roc_auc_of_other_\w+)$", path)
+    return {path.removesuffix(" value"): results} if is_score else {}

@@ -3,28 +3,36 @@
 import numpy as np
 
 from lib.common import InputError
-from lib.scores import PAPER_SIZES
+from lib.published import PAPER_SIZES
 from tags import clip_info_of
 
 
-def divide_clips(settings, dump, rng):
+def divide_clips(settings, dump, labels, rng):
     """Return {"train": rows, "validation": rows, "test": rows} of the dump by `settings.split`.
 
-    `rng`, a numpy.random.RandomState, draws what is random. Raises InputError for a split that leaves a part empty.
+    `rng`, a numpy.random.RandomState, draws what is random; with `settings.split_seed`, only the order of the training
+    clips: which clips they are, that seed draws, after the weights of the paper's network. `settings.untagged` keeps
+    rows of `labels`, (clips, tags), without a tag. Raises InputError if a part is empty.
     """
     if settings.split == "folder":
-        parts = split_by_folder(dump.mp3_paths, rng)
+        split, given = split_by_folder, (dump.mp3_paths,)
     else:
         sizes = split_sizes(len(dump), settings.train_size, settings.validation_size)
-        if settings.split == "random":
-            parts = split_clips(len(dump), *sizes, rng)
-        else:
+        split, given = split_clips, (len(dump), *sizes)
+        if settings.split == "artist":
             artists = [clip.artist for clip in clip_info_of(settings.data, dump.ids)]
-            parts = split_by_artist(np.array(artists), *sizes, rng)
-    parts = dict(zip(("train", "validation", "test"), parts))
-    for name, rows in parts.items():
-        if not len(rows):
-            raise InputError(f"--split {settings.split}: leaves no clips for {name}")
+            split, given = split_by_artist, (np.array(artists), *sizes)
+    train, *held_out = split(*given, rng)
+    if settings.split_seed is not None:
+        order = np.concatenate([train, np.random.RandomState(settings.seed).permutation(np.concatenate(held_out))])
+        split_rng = np.random.RandomState(settings.split_seed)
+        split_rng.normal(size=2_925_580)  # the weights of the paper's network with 50 tags
+        train, *held_out = split(*given, split_rng)
+        train = order[np.isin(order, train)]
+    kept = labels.any(axis=1) | settings.untagged
+    parts = {name: rows[kept[rows]] for name, rows in zip(("train", "validation", "test"), (train, *held_out))}
+    if empty := [name for name, rows in parts.items() if not len(rows)]:
+        raise InputError(f"--split {settings.split}: leaves no clips for {' and '.join(empty)}")
     return parts
 
 
@@ -33,9 +41,8 @@ def split_sizes(n_clips, train_size, validation_size):
 
     Raises InputError if they leave no clip for the test.
     """
-    papers = (train_size, validation_size) == (PAPER_SIZES["train"], PAPER_SIZES["validation"])
-    n_papers = sum(PAPER_SIZES.values())
-    if papers and 3 <= n_clips < n_papers:
+    n_papers = sum(PAPER_SIZES)
+    if (train_size, validation_size) == PAPER_SIZES[:2] and 3 <= n_clips < n_papers:
         print(f"note: {n_clips:,} clips are fewer than the paper's {n_papers:,}; divided in the same proportions")
         validation_size = max(1, round(n_clips * validation_size / n_papers))
         train_size = min(round(n_clips * train_size / n_papers), n_clips - validation_size - 1)

@@ -156,7 +156,7 @@ def played_gpus(n_gpus=1):
         torch.cuda: {
             "is_available": lambda: n_gpus > 0,
             "device_count": lambda: n_gpus,
-            "get_device_name": lambda: "a GPU played by the CPU",
+            "get_device_name": lambda device=None: "a GPU played by the CPU",
             "synchronize": lambda: None,
             "is_current_stream_capturing": lambda: False,
             "set_device": gpus.set_device,

@@ -78,7 +78,7 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
     on_cpu, _ = train("parts", "cpu", 3)
     assert gpus.n_pinned == 0, "what stays on the CPU has no use for pinned memory"
     back, printed = train("parts", "cuda:0", 4)
-    assert "resuming   after epoch 3" in printed and gpus.n_pinned > 0
+    assert "schedule   epochs 4 to " in printed and gpus.n_pinned > 0
     assert back["history"][:3] == whole["history"] and back["history"][:4] == on_cpu["history"]
     assert not same_checkpoint(back["weights"], on_cpu["weights"])
 

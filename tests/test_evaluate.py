@@ -30,9 +30,9 @@ def ids_of(**parts):
     return {part: torch.arange(*ends) for part, ends in parts.items()}
 
 
-def make_checkpoint(path, n_tags=3, **changes):
+def make_checkpoint(path, n_tags=3, seed=0, **changes):
     net = MultiScaleCNN(n_tags)
-    initialize(net, np.random.RandomState(0))
+    initialize(net, np.random.RandomState(seed))
     checkpoint = {
         "weights": net.state_dict(),
         "tag_names": ["slow", "guitar", "flute"][:n_tags],
@@ -336,6 +336,83 @@ def test_what_a_checkpoint_started_from_has_seen_is_never_forgotten(evaluated, c
     assert "is not the dump of both checkpoints" in note and f"note: {note}\n" in printed
 
 
+def test_several_seeds_are_one_experiment(evaluated, call_script, tmp_path):
+    """Mean and deviation of every score of three evaluations; each evaluation is the one that it is alone."""
+    place = ["--data", evaluated, "--experiments", tmp_path, "--device", "cpu", "--resamples", 9]
+    names, found = ["one", "two", "three"], {}
+    for seed, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        settings = {"seed": seed, "name": name, "split_seed": seed or None}
+        made = {"dump": Dump(evaluated).fingerprint, "made_with": [f"commit {min(seed, 1)}"]}
+        for best_or_last, epochs in (("best.pt", 30 + seed), ("last.pt", 40)):
+            hyperparameters = {**settings, "epochs": epochs}
+            make_checkpoint(tmp_path / name / best_or_last, seed=seed, hyperparameters=hyperparameters, **made)
+        call_script("evaluate.py", *place, "--name", name)
+        found[name] = json.loads((tmp_path / f"{name}/results.json").read_text())
+        (tmp_path / f"{name}/results.json").unlink()
+    call_script("evaluate.py", *place, "--name", *names, "--output", tmp_path / "elsewhere")
+    elsewhere = tmp_path / "elsewhere/two/results.json"
+    assert json.loads(elsewhere.read_text()) == found["two"] and not (tmp_path / "two/results.json").exists()
+    printed = call_script("evaluate.py", *place, "--name", *names).stdout
+    assert (tmp_path / "one/seeds.csv").read_bytes() == (tmp_path / "elsewhere/seeds.csv").read_bytes()
+    assert all(json.loads((tmp_path / f"{name}/results.json").read_text()) == found[name] for name in names)
+    assert found["two"]["made_with"] == ["commit 1"] and "made with commit 1\n" in printed
+
+    table = {row["score"]: row for row in csv.DictReader((tmp_path / "one/seeds.csv").open())}
+    for score, value in (
+        ("test roc_auc", lambda test: test["roc_auc"]["value"]),
+        ("test average_precision", lambda test: test["average_precision"]["value"]),
+        ("test clip_roc_auc", lambda test: test["clip_roc_auc"]),
+        ("test precision_at 3", lambda test: test["precision_at"]["3"]),
+        ("test tags guitar average_precision", lambda test: test["tags"][1]["average_precision"]),
+        ("test baseline roc_auc", lambda test: test["baseline"]["roc_auc"]["value"]),
+        (
+            "test names_only network_minus_names_only roc_auc",
+            lambda test: test["names_only"]["network_minus_names_only"]["roc_auc"]["value"],
+        ),
+    ):
+        values = [value(found[name]["test"]) for name in names]
+        row = table[score]
+        assert [float(row[name]) for name in names] == values
+        mean, deviation = np.mean(values), np.sqrt(np.sum((values - np.mean(values)) ** 2) / 2)
+        assert [float(row["mean"]), float(row["standard_deviation"])] == pytest.approx([mean, deviation], abs=1e-12)
+        assert f"\n  {score:<66}{mean:.4f} ± {deviation:.4f}\n" in printed
+    values = [found[name]["validation"]["roc_auc"]["value"] for name in names]
+    assert float(table["validation roc_auc"]["mean"]) == pytest.approx(np.mean(values)) and len({*values}) == 3
+    # of each part: both scores, macro, of the network, both rivals and both differences; 4 within clips; 3 of other
+    # origins; and of 3 tags in the test
+    assert len(table) == 2 * (2 * (1 + 4) + 4 + 3) + 2 * 3
+
+
+def test_experiments_that_differ_in_more_than_their_seeds_are_no_seeds_of_one(evaluated, call_script, tmp_path):
+    own = {"seed": 1, "epochs": 40, "split": "random"}
+    for name, settings, clip_ids in (
+        ("one", {}, {}),
+        ("same_seed", {}, {}),
+        ("longer", {"seed": 2, "epochs": 50}, {}),
+        ("other_clips", {"seed": 2}, {"clip_ids": ids_of(train=(102, 122), validation=(122, 130), test=(130, 141))}),
+    ):
+        (tmp_path / name).mkdir()
+        settings = {"hyperparameters": {**own, **settings}, "dump": Dump(evaluated).fingerprint}
+        for path in ("best.pt", "last.pt"):
+            make_checkpoint(tmp_path / name / path, **settings, **clip_ids)
+    arguments = ["--data", evaluated, "--experiments", tmp_path, "--device", "cpu", "--name"]
+    differ = "differ in more than the seed (see --split-seed): "
+    for names, message in (
+        (["one", "longer"], f"{tmp_path / 'one'} and {tmp_path / 'longer'} {differ}epochs (40 against 50)"),
+        (["one", "other_clips"], f"{differ}train clips, validation clips"),
+        (["other_clips", "longer", "one"], f"{differ}epochs (40 against 50)"),
+        (["one", "same_seed"], "have the same seed"),
+        (["one", "longer", "--against", "one"], "--name: takes one experiment"),
+        (["one", "longer", "--checkpoint", "x"], "--name: takes one experiment"),
+        (["one", "longer", "--tag", "x.mp3"], "--name: takes one experiment"),
+        ([], "--name: takes one experiment"),
+    ):
+        done = call_script("evaluate.py", *arguments, *names, status=1)
+        assert message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert [path.name for path in tmp_path.glob("*/*") if path.suffix != ".pt"] == []
+
+
 @pytest.mark.parametrize(
     "low, high, verdict",
     [
@@ -387,7 +464,7 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     here = make_checkpoint(tmp_path / "best.pt")
     place = ["--data", other, "--checkpoint", here]
     done = call_script("evaluate.py", "--device", "cpu", *place, "--other-data", "--resamples", 9)
-    assert "is not the checkpoint's dump" in done.stdout
+    assert "is not the checkpoint's dump (--other-data): nothing published" in done.stdout
     assert json.loads((tmp_path / "results.json").read_text())["other_data"]
 
 

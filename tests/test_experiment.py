@@ -108,6 +108,7 @@ def test_the_defaults_are_the_originals():
     assert (settings.train_size, settings.validation_size, settings.seed, settings.n_tags) == (18000, 2000, 1337, 50)
     assert (settings.epochs, settings.batch_size, settings.super_batch_size) == (40, 32, 3000)
     assert (settings.split, settings.normalize_on, settings.precision) == ("random", "all", "float32")
+    assert settings.untagged and settings.split_seed is None
     assert settings.merge_tags and (tags.Settings().n_tags, tags.Settings().merge_tags) == (50, True)
     assert (evaluate.Settings().resamples, evaluate.Settings().seed) == (1000, 1337)
     rates = [learning_rate_at(epoch, settings) for epoch in range(1, 41)]

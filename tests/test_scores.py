@@ -125,27 +125,3 @@ def test_what_a_listener_sees_by_hand():
     assert np.allclose(scores.precision_at(3, labels, probabilities)[[0, 2]], [2 / 3, 1 / 3])
     assert np.isnan(scores.precision_at(3, labels, probabilities)[1]), "a clip without tags has nothing to find"
     assert scores.precision_at(3, np.arange(50)[None] < 3, np.full((1, 50), 0.5)) == 1, "the first of equals"
-
-
-def test_the_papers_figures_stand_alone_only_beside_its_own_experiment():
-    sizes = {"train": 18000, "validation": 2000, "test": 5863}
-    papers = {"split": "random", "n_tags": 50, "merge_tags": True, "start_from": None}
-
-    def line(synthetic=False, sizes=sizes, **others):
-        clip_ids = {part: range(size) for part, size in sizes.items()}
-        hyperparameters = {"seed": 1, **papers, **others}
-        return scores.compare_with_paper(
-            {"synthetic": synthetic, "clip_ids": clip_ids, "hyperparameters": hyperparameters}
-        )
-
-    figures = "the paper: validation 0.904, test 0.900 (MagnaTagATune)"
-    assert line() == figures
-    for change in (
-        {"sizes": {**sizes, "test": 5862}},
-        {"split": "folder"},
-        {"n_tags": 20},
-        {"merge_tags": False},
-        {"start_from": "best.pt"},
-    ):
-        assert line(**change).startswith(f"{figures}; not comparable"), change
-    assert line(synthetic=True).startswith(f"{figures}; the scores above are on SYNTHETIC clips")

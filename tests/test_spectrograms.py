@@ -15,6 +15,7 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 from conftest import ROOT, write_dump
 from gen_spectrograms import log_mel_spectrogram
@@ -132,6 +133,7 @@ def test_the_dump(run_script, clips):
 
     dump = Dump(clips)
     assert dump.front_end == FRONT_END
+    assert dump.made_with == f"librosa {librosa.__version__}, soxr {soxr.__version__}"
     mean, std = band_normalization(*dump.verify())
     assert np.allclose(mean, spectrograms.mean(axis=(0, 2), dtype=np.float64), rtol=1e-6)
     assert np.allclose(std, spectrograms.std(axis=(0, 2), dtype=np.float64), rtol=1e-6)
@@ -270,6 +272,7 @@ def test_a_dump_made_with_other_settings_is_never_mixed(run_script, clips):
 
 def test_a_corrected_label_renews_the_tags_alone(run_script, clips):
     run_script("gen_spectrograms.py", "--data", clips)
+    write_manifest(clips, {**read_manifest(clips), "made_with": "librosa 0.9"})
     before, spectrograms = contents(clips), {path: path.stat().st_mtime_ns for path in clips.glob("spectrograms_*")}
     table = (clips / "tags.csv").read_text()
     (clips / "tags.csv").write_text(table.replace("1\t1\t0", "1\t0\t0").replace("flute", "horn"))

@@ -73,6 +73,57 @@ def test_the_trainer_uses_the_split_that_was_asked_for(clips, tmp_path, call_scr
     )
 
 
+def test_the_trainer_takes_a_seed_for_the_split_alone_and_leaves_out_untagged_clips(clips, tmp_path, call_script):
+    options = ["--train-size", 10, "--validation-size", 10, "--epochs", 0, "--seed", 3, "--split-seed", 7]
+    place = "--data", clips, "--experiments", tmp_path, "--device", "cpu"
+    call_script("trainer.py", *place, *options, "--no-untagged")
+    rng, order = np.random.RandomState(7), np.arange(30)
+    initialize(MultiScaleCNN(50), rng)
+    rng.shuffle(order)
+    tagged = set(np.load(clips / "ids.npy")[np.load(clips / "tags.npy").any(axis=1)].tolist())
+    assert len(tagged) == 28
+    for part, rows in (("validation", order[:10]), ("test", order[10:20]), ("train", order[20:])):
+        found = load_checkpoint(tmp_path / "paper/best.pt")["clip_ids"][part]
+        assert set(found.tolist()) == set((rows + 101).tolist()) & tagged
+
+
+class Clips(SimpleNamespace):
+    """What divide_clips looks at in a dump."""
+
+    def __len__(self):
+        return len(self.ids)
+
+
+@pytest.mark.parametrize("split", ["random", "folder", "artist"])
+def test_a_seed_of_the_split_alone(clips, split):
+    """Draws what it would for the paper's network with 50 tags; weights, order of clips and all else are the seed's."""
+    dump = Clips(ids=np.load(clips / "ids.npy"), mp3_paths=np.load(clips / "mp3_paths.npy").tolist())
+
+    def divide(seed, split_seed=None, n_tags=50):
+        rng = np.random.RandomState(seed)
+        initialize(MultiScaleCNN(n_tags), rng)
+        settings = Settings(data=clips, split=split, split_seed=split_seed, seed=seed, train_size=14, validation_size=8)
+        return divide_clips(settings, dump, np.ones((30, 1)), rng), rng.rand()
+
+    paper, after = divide(1337)
+    same, after_same = divide(1337, 1337)
+    assert all(np.array_equal(rows, same[part]) for part, rows in paper.items()) and after == after_same
+    orders, tails = {tuple(paper["train"])}, []
+    for seed, n_tags in ((1, 50), (2, 50), (1, 3), (1337, 3)):
+        found, after = divide(seed, 1337, n_tags)
+        assert all(set(found[part]) == set(rows) for part, rows in paper.items())
+        assert after == divide(seed, None, n_tags)[1], "epochs after the first have the seed's order too"
+        orders.add(tuple(found["train"]))
+        own = divide(seed, None, n_tags)[0]["train"]
+        tails.append([row for row in found["train"] if row not in own])
+    assert len(orders) == 5
+    assert split == "folder" or any(tail != sorted(tail) for tail in tails), (
+        "what is not its own training clip comes last"
+    )
+    if split != "folder":
+        assert set(divide(1337, 1)[0]["test"]) != set(paper["test"])
+
+
 def test_the_papers_sizes_on_a_smaller_data_set_keep_their_proportions(capsys):
     assert split_sizes(25863, 18000, 2000) == (18000, 2000)
     assert split_sizes(20, 8, 3) == (8, 3)
@@ -115,16 +166,12 @@ def real_tables(shared, tmp_path):
 def test_the_real_splits_have_the_published_sizes_and_leakage(real_tables):
     annotations = read_annotations(annotations_file(real_tables))
     info = clip_info_of(real_tables, annotations.ids)
-
-    class Clips(SimpleNamespace):
-        def __len__(self):
-            return len(self.ids)
+    clips = Clips(ids=annotations.ids, mp3_paths=annotations.mp3_paths)
 
     def sizes_and_shares(split):
         """The clips of each part, and the test clips of which track, album and artist are in training too, in %."""
-        rng = np.random.RandomState(1337)
-        clips = Clips(ids=annotations.ids, mp3_paths=annotations.mp3_paths)
-        train, validation, test = divide_clips(Settings(data=real_tables, split=split), clips, rng).values()
+        settings, rng = Settings(data=real_tables, split=split), np.random.RandomState(1337)
+        train, validation, test = divide_clips(settings, clips, annotations.labels, rng).values()
         assert sorted(np.concatenate([train, validation, test])) == list(range(25863))
         shares = []
         for kind in ("track", "album", "artist"):
@@ -137,6 +184,16 @@ def test_the_real_splits_have_the_published_sizes_and_leakage(real_tables):
     sizes, shares = sizes_and_shares("artist")
     assert shares == [0, 0, 0] and np.abs(np.subtract(sizes, (18000, 2000, 5863))).max() <= 20
 
+    for merge, sizes in ((False, [15250, 1529, 4332]), (True, [15425, 1537, 4390])):
+        labels, _ = select_tags(annotations.labels, annotations.tag_names, 50, merge)
+        found = {}
+        for untagged in (True, False):
+            settings, rng = Settings(data=real_tables, split="folder", untagged=untagged), np.random.RandomState(1)
+            found[untagged] = divide_clips(settings, clips, labels, rng)
+        assert [len(rows) for rows in found[False].values()] == sizes
+        for part, rows in found[True].items():
+            assert [row for row in rows if any(labels[row])] == found[False][part].tolist()
+
 
 def test_what_names_alone_predict_of_the_real_music(real_tables):
     """What a network has to beat on the paper's split and on the folders, and how rarely annotators agree."""
@@ -144,16 +201,19 @@ def test_what_names_alone_predict_of_the_real_music(real_tables):
     origins = origins_of(clip_info_of(real_tables, annotations.ids))
     rng = np.random.RandomState(1337)
     initialize(MultiScaleCNN(50), rng)
-    parts = {True: split_clips(25863, 18000, 2000, rng), False: split_by_folder(annotations.mp3_paths, rng)}
-    found = {}
-    for merge, (train, validation, test) in parts.items():
+    clips, found = Clips(ids=annotations.ids, mp3_paths=annotations.mp3_paths), []
+    for split, merge, untagged in (("random", True, True), ("folder", False, True), ("folder", False, False)):
         labels, names = select_tags(annotations.labels, annotations.tag_names, 50, merge)
+        settings = Settings(data=real_tables, split=split, untagged=untagged)
+        train, validation, test = divide_clips(settings, clips, labels, rng).values()
         predicted = names_only_predictions(labels, train, origins)
         for rows in (validation, test):
             of_tags = (scores.of_each_tag(score, labels[rows], predicted[rows]) for score in scores.SCORES.values())
-            found.setdefault(merge, []).append([round(scores.macro(each), 3) for each in of_tags])
+            found.append([round(scores.macro(each), 3) for each in of_tags])
         if merge:
             repeated = dict(zip(names, repeatability(labels, origins["track"])))
-    assert found == {True: [[0.875, 0.365], [0.879, 0.346]], False: [[0.744, 0.197], [0.748, 0.184]]}
+    assert found[:2] == [[0.875, 0.365], [0.879, 0.346]], "the paper's"
+    assert found[2:4] == [[0.744, 0.197], [0.748, 0.184]], "by folder"
+    assert found[4:] == [[0.746, 0.229], [0.753, 0.223]], "without the clips that have none of the tags"
     assert np.mean(list(repeated.values())) == pytest.approx(0.316, abs=5e-4)
     assert [round(repeated[name], 2) for name in ("rock", "choir")] == [0.63, 0.58]

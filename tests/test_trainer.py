@@ -5,10 +5,14 @@ import csv
 import dataclasses
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +21,10 @@ import torch
 import evaluate
 from conftest import ROOT, write_dump
 from evaluate import clips_of
-from lib.checkpoint import load_checkpoint, save
+from lib.checkpoint import load_checkpoint, made_with, save
 from lib.common import InputError, lock
 from lib.dump import Dump, same_clips
-from lib.experiment import MAY_DIFFER, hyperparameters, saved_experiment
+from lib.experiment import PLACE, require_same
 from trainer import Settings
 
 TINY = "--device cpu --epochs 3 --train-size 8 --validation-size 3 --batch-size 2 --super-batch-size 5".split()
@@ -59,11 +63,38 @@ def test_what_an_experiment_leaves(uninterrupted, small):
     assert [float(row["validation_roc_auc"]) for row in history] == scores
     assert json.loads((folder / "hyperparameters.json").read_text())["batch_size"] == 2
     best = load_checkpoint(folder / "best.pt")
-    assert "0.904" in printed and "0.900" in printed and "not comparable" in printed
+    assert printed.endswith("nothing published to compare with: other clips, tags or split, or fine-tuned\n")
     assert "all there are; 50 were asked for" in printed
     dump = Dump(small)
     assert sorted(torch.cat(list(best["clip_ids"].values())).tolist()) == sorted(dump.ids.tolist())
     assert best["front_end"] == dump.front_end and best["tag_names"] == ["slow", "guitar", "flute"]
+    assert best["made_with"] == made_with(torch.device("cpu"), dump, None) and dump.made_with in best["made_with"][0]
+
+
+def test_what_a_run_was_made_with(tmp_path, monkeypatch, gpus):
+    root, device, dump = tmp_path / "a clone", torch.device("cpu"), SimpleNamespace(made_with="librosa 1, soxr 2")
+    info = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    models = [line.partition(": ")[2] for line in info if line.startswith("model name")]
+    cpu = models[0] if models else platform.machine()
+    (root / "inside").mkdir(parents=True)
+    (root / "model.py").write_text("1")
+    git = "git -c user.name=a -c user.email=b".split()
+    for words in (["init"], ["add", "model.py"], ["commit", "-m", "1"], ["tag", "v1"]):
+        subprocess.run([*git, *words], cwd=root, check=True, capture_output=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr("lib.checkpoint.ROOT", root)
+    (line,) = made_with(device, dump, None)
+    found, rest = re.fullmatch(r"commit (\w{7,40}), (.*)", line).groups()
+    assert commit.startswith(found)
+    assert rest == f"PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, librosa 1, soxr 2, 1 x {cpu}"
+    assert made_with(device, dump, {"made_with": ["earlier", line]}) == ["earlier", line]
+    (root / "model.py").write_text("2")
+    assert made_with(device, dump, {"made_with": [line]}) == [line, line.replace(found, f"{found}-dirty")]
+    assert made_with(torch.device("cuda"), dump, None)[0].endswith(", 1 x a GPU played by the CPU")
+    for path, where in ((root / "inside", os.environ["PATH"]), (root, "")):  # of another repository, and without git
+        monkeypatch.setattr("lib.checkpoint.ROOT", path)
+        monkeypatch.setenv("PATH", where)
+        assert made_with(device, dump, None)[0].startswith("commit unknown, PyTorch")
 
 
 def same_checkpoint(one, other):
@@ -79,7 +110,7 @@ def same_checkpoint(one, other):
 
 def without_paths(checkpoint):
     checkpoint["hyperparameters"] = {
-        name: value for name, value in checkpoint["hyperparameters"].items() if name not in MAY_DIFFER
+        name: value for name, value in checkpoint["hyperparameters"].items() if name not in PLACE | {"epochs"}
     }
     return checkpoint
 
@@ -115,19 +146,33 @@ def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, s
     folder, _ = uninterrupted
     arguments = ["--experiments", folder.parent, *TINY, "--resume"]
     done = call_script("trainer.py", "--data", small, *arguments, "--seed", 1, "--n-tags", 2, status=1)
-    assert "n_tags (50 there, 2 now), seed (1337 there, 1 now)" in done.stderr and done.stderr.count("\n") == 1
+    message = f"error: {folder / 'last.pt'}: resumes only as it began, and this differs: "
+    assert done.stderr.startswith(f"{message}n_tags (50 against 2), seed (1337 against 1), tag_names, train clips, ")
+    assert done.stderr.count("\n") == 1
     other = write_dump(tmp_path, n_clips=20, seed=1)
-    assert "not the dump" in call_script("trainer.py", "--data", other, *arguments, status=1).stderr
+    done = call_script("trainer.py", "--data", other, *arguments, status=1)
+    assert done.stderr == f"{message}dump\n"
 
 
-def test_only_where_and_how_long_may_differ_when_a_run_resumes(uninterrupted, tmp_path):
-    folder, settings = shutil.copytree(uninterrupted[0], tmp_path / "paper"), Settings(resume=True)
-    last = load_checkpoint(folder / "last.pt")
+def test_only_where_and_how_long_may_differ_in_one_experiment(uninterrupted):
+    last = load_checkpoint(uninterrupted[0] / "last.pt")
     for name in (field.name for field in dataclasses.fields(Settings)):
-        save(folder / "last.pt", {**last, "hyperparameters": hyperparameters(settings) | {name: "another"}})
+        other = {**last, "hyperparameters": {**last["hyperparameters"], name: "another"}}
         may_differ = name in {"data", "experiments", "name", "resume", "overwrite", "epochs", "device"}
-        with contextlib.nullcontext() if may_differ else pytest.raises(InputError, match=name):
-            saved_experiment(folder, settings)
+        with contextlib.nullcontext() if may_differ else pytest.raises(InputError, match=f"^refused: {name} "):
+            require_same(last, other, {"epochs"}, "refused")
+    clip_ids = {**last["clip_ids"], "test": last["clip_ids"]["test"][1:]}
+    for other, name in (
+        ({"tag_names": ["another"]}, "tag_names"),
+        ({"dump": "another"}, "dump"),
+        ({"clip_ids": clip_ids}, "test clips"),
+        ({"history": last["history"][1:]}, "epochs so far"),
+    ):
+        with pytest.raises(InputError, match=f"^refused: {name}$"):
+            require_same(last, {**last, **other}, {"epochs"}, "refused")
+    del (earlier := {**last["hyperparameters"]})["untagged"]
+    require_same({**last, "hyperparameters": earlier}, last, {"epochs"}, "refused")
+    require_same(last, {**last, "hyperparameters": earlier}, {"epochs"}, "refused")
 
 
 def contents(folder):
@@ -171,7 +216,7 @@ def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, cal
     shutil.copytree(uninterrupted[0], tmp_path / "paper")
     arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--resume"]
     error = call_script("trainer.py", *arguments, "--drop-after", 1, status=1).stderr
-    assert "other hyperparameters" in error and error.count("\n") == 1
+    assert "resumes only as it began, and this differs: drop_after ([2] against [1])\n" in error
     call_script("trainer.py", *arguments, "--epochs", 4)
     history = load_checkpoint(tmp_path / "paper/last.pt")["history"]
     assert [row["learning_rate"] for row in history[1:]] == [1e-4, 1e-4, 1e-5, 1e-5]
