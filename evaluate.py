@@ -72,28 +72,28 @@ def main():
         raise InputError("--name: takes one experiment, or several only to score them")
     if settings.tag is not None or settings.csv or settings.json or settings.taggram:
         return tag_files(settings, paths[0])
-    require_other_seeds([path.parent for path in paths])
+    require_other_seeds([path.parent for path in paths] if len(paths) > 1 else [])
     ours, *others = evaluations = [Evaluation(settings, path) for path in paths]
     for each in evaluations:
         require_writable(each.output, ELSEWHERE)
     print(end=ours.dump.note_on_table())
     if settings.against:
         return compare(ours, Evaluation(settings, settings.experiments / settings.against / "best.pt"))
-    results = [evaluate(each) for each in evaluations]
+    bands, train = band_features(*ours.dump.verify()), ours.rows["train"]  # the same whatever the seed
+    baseline = baseline_predictions(bands, ours.labels, train) if settings.baseline else None
+    names_only = names_only_predictions(ours.labels, train, ours.origins) if ours.origins else None
+    results = [evaluate(each, (baseline, names_only)) for each in evaluations]
     if others:
         write_table((settings.output or ours.output) / "seeds.csv", print_over_seeds(dict(zip(settings.name, results))))
 
 
-def evaluate(ours):
-    """Print, write and return the scores of an Evaluation."""
-    bands = band_features(*ours.dump.verify())
+def evaluate(ours, rivals):
+    """Print, write and return the scores of an Evaluation and, of all clips, of the predictions of RIVALS."""
     predicted = {part: ours.predict(ours.rows[part]) for part in EVALUATED}
-    baseline = baseline_predictions(bands, ours.labels, ours.rows["train"]) if ours.settings.baseline else None
-    names_only = names_only_predictions(ours.labels, ours.rows["train"], ours.origins) if ours.origins else None
     results = {"checkpoint": str(ours.path), "made_with": ours.checkpoint["made_with"], "intervals": ours.intervals}
     results |= {"data": str(ours.dump.data), "synthetic": ours.dump.synthetic}
     results["other_data"] = ours.checkpoint["dump"] != ours.dump.fingerprint
-    results |= {part: score_part(ours, ours.rows[part], predicted[part], (baseline, names_only)) for part in EVALUATED}
+    results |= {part: score_part(ours, ours.rows[part], predicted[part], rivals) for part in EVALUATED}
     print_results(results, ours.checkpoint)  # before writing: a full disk must not lose them
     write_results(ours, results, predicted)
     return results

@@ -65,11 +65,11 @@ def require_same(one, other, may_differ, refusal):
 
 def require_other_seeds(folders):
     """Raise InputError unless the experiments in `folders` differ in the seed, and in nothing else."""
-    for pair in itertools.combinations(folders, 2):
-        names, one, other = " and ".join(map(str, pair)), *(load_checkpoint(folder / "last.pt") for folder in pair)
-        require_same(one, other, {"seed", "split_seed"}, f"{names} differ in more than the seed (see --split-seed)")
+    lasts = [(folder, load_checkpoint(folder / "last.pt")) for folder in folders]
+    for (a, one), (b, other) in itertools.combinations(lasts, 2):
+        require_same(one, other, {"seed", "split_seed"}, f"{a} and {b} differ in more than the seed (see --split-seed)")
         if one["hyperparameters"]["seed"] == other["hyperparameters"]["seed"]:
-            raise InputError(f"{names} have the same seed")
+            raise InputError(f"{a} and {b} have the same seed")
 
 
 def hyperparameters(settings):
