@@ -19,6 +19,7 @@ def build_network(n_tags):
     """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
 
     Every script builds it here. Its last layer must be called `head`: --start-from replaces it if the tags differ.
+    It may have a method `draw`, like MultiScaleCNN.
     """
     return MultiScaleCNN(n_tags)
 
@@ -62,6 +63,10 @@ class MultiScaleCNN(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16, many clips would share a logit
             return self.head(hidden.to(self.head.weight.dtype))
 
+    def draw(self):
+        """Draw the next training step's random numbers, in place. With it, the trainer records a CUDA graph."""
+        self.dropout.draw()
+
 
 class ConvPool(nn.Sequential):
     """Convolution of stride 1 and zero padding k//2, max-pooling that drops incomplete windows, ReLU.
@@ -76,6 +81,35 @@ class ConvPool(nn.Sequential):
         if pool:
             layers.append(nn.MaxPool2d(pool))
         super().__init__(*layers, nn.ReLU(inplace=True))
+
+    def forward(self, maps):
+        if not maps.is_cuda:
+            return super().forward(maps)
+        convolution, *pooling, relu = self  # on a GPU the same function, but a training step takes half the time
+        weight, padding = convolution.weight, convolution.padding
+        if convolution.in_channels == 1:
+            maps = pooled_convolution_of_one_channel(maps, weight, padding, pooling[0].kernel_size)
+        else:
+            maps = F.conv2d(maps, weight, padding=padding)
+            for layer in pooling:
+                maps = layer(maps)
+        return relu(maps + convolution.bias.to(maps.dtype)[:, None, None])  # after the pooling, to fewer values
+
+
+def pooled_convolution_of_one_channel(maps, weight, padding, pool):
+    """Return F.max_pool2d(F.conv2d(maps, weight, padding=padding), pool) for (clips, 1, mels, frames) maps.
+
+    It is one matrix product, for which GPUs have faster kernels than for one channel's convolution. A row is what a
+    pooling window sees, a column a filter at one place in the window; of each filter, the largest result counts.
+    """
+    (height, width), (rows, columns) = weight.shape[2:], pool
+    seen = height + rows - 1, width + columns - 1
+    maps = F.pad(maps, (padding[1], padding[1], padding[0], padding[0]))
+    windows = maps.unfold(2, seen[0], rows).unfold(3, seen[1], columns).flatten(4).squeeze(1)
+    shifted = F.pad(weight, (columns - 1, columns - 1, rows - 1, rows - 1)).unfold(2, seen[0], 1).unfold(3, seen[1], 1)
+    filters = shifted.flip(2, 3).movedim((2, 3), (0, 1)).reshape(-1, seen[0] * seen[1])  # first all of the first place
+    results = F.linear(windows, filters).unflatten(3, (rows * columns, -1))
+    return results.max(dim=3).values.permute(0, 3, 1, 2)
 
 
 class FeatureBatchNorm(nn.Module):
@@ -130,7 +164,7 @@ class BatchDropout(nn.Module):
 
     def __init__(self, keep_probability):
         super().__init__()
-        self.keep_probability = keep_probability
+        self.keep_probability, self.mask = keep_probability, None
 
     def draw_mask(self, n_features):
         """Return the mask of one step: (n_features,) float64, 0 or 1/keep_probability; on the CPU, for any device."""
@@ -139,9 +173,17 @@ class BatchDropout(nn.Module):
     def forward(self, features):
         if not self.training:
             return features
-        mask = self.draw_mask(features.shape[1]).to(features.dtype)
-        mask = mask.pin_memory() if features.is_cuda else mask  # from other memory, the copy would wait for the GPU
-        return features * mask.to(features.device, non_blocking=features.is_cuda)
+        if self.mask is None or (self.mask.shape, self.mask.device) != (features.shape[1:], features.device):
+            self.mask = torch.empty_like(features[0])
+        if not (features.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.draw()
+        return features * self.mask
+
+    def draw(self):
+        """Draw the next mask in place. The forward pass does so itself, except in a CUDA graph."""
+        mask = self.draw_mask(len(self.mask)).to(self.mask.dtype)
+        mask = mask.pin_memory() if self.mask.is_cuda else mask  # from other memory, the copy would wait for the GPU
+        self.mask.copy_(mask, non_blocking=True)
 
 
 @torch.no_grad()

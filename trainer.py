@@ -19,6 +19,7 @@ import tyro
 from lib.checkpoint import load_checkpoint, made_with, resume, resume_state, save, start_from
 from lib.dump import Dump, band_normalization
 from lib.experiment import claimed_folder, hyperparameters, require_same, write_outputs
+from lib.graph import Graphed
 from lib.loader import Loader, predict
 from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
 from lib.parallel import rank, share_of_batch, world_size
@@ -120,6 +121,8 @@ def train(settings, dump, device, folder, last=None):
     computed = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
     checkpoint["normalization"] = source["normalization"] if source else computed
     loader = Loader(dump, labels, checkpoint["normalization"], device, settings.precision)
+    uses_graph = device.type == "cuda" and world_size() == 1 and hasattr(net, "draw")
+    gradients = Graphed(compute_gradients) if uses_graph else compute_gradients
     print_summary(settings, checkpoint, dump, net, device)
 
     # ====== epochs ======
@@ -131,7 +134,7 @@ def train(settings, dump, device, folder, last=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             batches = epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size)
-            loss = train_epoch(net, optimizer, loader, batches, epoch)
+            loss = train_epoch(net, optimizer, loader, batches, epoch, gradients)
             rng.shuffle(parts["train"])
         if rank() == 0:
             auc = validate(net, loader, labels, parts["validation"], settings)
@@ -169,7 +172,7 @@ def print_summary(settings, checkpoint, dump, net, device):
     print(f"schedule   epochs {n_done + 1} to {settings.epochs}, learning rate {settings.learning_rate:g} at first")
 
 
-def train_epoch(net, optimizer, loader, batches, epoch):
+def train_epoch(net, optimizer, loader, batches, epoch, gradients):
     """Take a step on each batch, an array of rows; return the mean loss. Raises InputError if a loss is not finite."""
     net.train()
     losses, unread = [], []
@@ -177,7 +180,7 @@ def train_epoch(net, optimizer, loader, batches, epoch):
     shares = loader.batches([share_of_batch(rows) for rows in batches])
     bar = progress(shares, f"epoch {epoch}", len(batches), unit="step", leave=False, disable=True if rank() else None)
     for step, (rows, (spectrograms, targets)) in enumerate(zip(batches, bar), start=1):
-        unread.append(training_step(net, optimizer, spectrograms, targets, len(rows), loader.precision))
+        unread.append(training_step(net, optimizer, gradients, spectrograms, targets, len(rows), loader.precision))
         if len(unread) == steps_per_reading or step == len(batches):
             losses += all_reduce(torch.stack(unread)).tolist()
             unread = []
@@ -187,15 +190,21 @@ def train_epoch(net, optimizer, loader, batches, epoch):
     return float(np.mean(losses))
 
 
-def training_step(net, optimizer, spectrograms, targets, n_clips, precision):
-    """Take one step on this process's share of a batch of `n_clips`; return its part of the loss, 0-d, unread."""
+def training_step(net, optimizer, gradients, *batch):
+    """Take one step on a batch by `gradients`: compute_gradients, or a CUDA graph of it; return what that returns."""
+    loss = gradients(net, *batch)
+    all_reduce_gradients(net)
+    optimizer.step()
+    return loss
+
+
+def compute_gradients(net, spectrograms, targets, n_clips, precision):
+    """Compute this process's share of the gradients of a batch of `n_clips`; return that of the loss, 0-d, unread."""
     with autocast(spectrograms.device, precision):
         logits = net(spectrograms)
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / (n_clips * targets.shape[1])
-    optimizer.zero_grad()
+    net.zero_grad()
     loss.backward()
-    all_reduce_gradients(net)
-    optimizer.step()
     return loss.detach()
 
 

@@ -250,13 +250,6 @@ class Dump:
         table = annotations_file(self.data)
         return f"note: {table} has changed; gen_spectrograms.py renews the dump's tags\n" if changed else ""
 
-    def gather(self, rows, normalization, out):
-        """Copy the spectrograms of `rows` into `out` (rows, 128, 628) float32, normalised per mel band."""
-        mean, std = normalization
-        for target, row in zip(out, rows):
-            np.subtract(self[row], mean[:, None], out=target)
-            np.divide(target, std[:, None], out=target)
-
 
 def same_clips(fingerprint, others):
     """Return whether a dump has the clips of one of `others`, whose labels or spectrograms may have been renewed.

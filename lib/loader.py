@@ -17,13 +17,13 @@ CLIPS_AHEAD = 512  # clips read in advance: 160 MB
 class Loader:
     """Normalised spectrograms and labels in batches, on the device.
 
-    Threads gather them from the memory-mapped files up to CLIPS_AHEAD clips in advance, in pinned memory for a CUDA
-    GPU, which then copies a batch while it computes on earlier ones.
+    Threads gather them from the memory-mapped files up to CLIPS_AHEAD clips in advance; in pinned memory for a CUDA
+    GPU, so that the host need not wait until a batch is copied.
     """
 
     def __init__(self, dump, labels, normalization, device, precision):
-        self.dump, self.normalization = dump, [normalization[name].numpy() for name in ("mean", "std")]
-        self.device, self.precision, self.pinned = device, precision, device.type == "cuda"
+        self.dump, self.device, self.precision, self.pinned = dump, device, precision, device.type == "cuda"
+        self.mean, self.std = (normalization[name][:, None].to(device) for name in ("mean", "std"))
         self.labels = torch.from_numpy(labels).to(torch.float64 if precision == "float64" else torch.float32)
 
     def batches(self, batches):
@@ -31,11 +31,13 @@ class Loader:
         dtype = getattr(torch, self.precision)
         for tensors in load_ahead(self._gather, batches, CLIPS_AHEAD // max(1, len(batches[0])), THREADS):
             spectrograms, labels = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+            spectrograms = (spectrograms - self.mean) / self.std
             yield spectrograms.to(dtype), labels  # converted on the device: a copy that converts is never asynchronous
 
     def _gather(self, rows):
         spectrograms = torch.empty((len(rows), 1, N_MELS, N_FRAMES), pin_memory=self.pinned)
-        self.dump.gather(rows, self.normalization, spectrograms[:, 0].numpy())
+        for target, row in zip(spectrograms[:, 0].numpy(), rows):
+            target[:] = self.dump[row]
         return spectrograms, self.labels[rows].pin_memory() if self.pinned else self.labels[rows]
 
 

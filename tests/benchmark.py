@@ -33,6 +33,7 @@ from lib.audio import N_FRAMES, N_MELS
 from lib.common import Count, InputError, number, run
 from lib.demo import render
 from lib.dump import Dump, read_manifest
+from lib.graph import Graphed
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, prepare_device
 from lib.tagger import BATCH_SIZE, Tagger, windows
@@ -48,9 +49,7 @@ class Settings:
     only: tuple[Row, ...] = get_args(Row)  # rows to measure
     rounds: Count = 7  # measured of each side in turn
     clips: Count = 480  # of one run of gen_spectrograms.py and of its baseline
-    gpu: Path | None = (
-        None  # only measure training on a CUDA GPU, with the dump in this folder; an empty one gets 8.3 GB
-    )
+    gpu: Path | None = None  # only train on a CUDA GPU, with the dump in this folder; an empty one gets 8.3 GB
     epochs: number(int, 2) = 8  # of that training; scaled to the paper's 40
 
 
@@ -301,10 +300,10 @@ def time_epochs(scratch, *options):
     """
     times, numbers_of_steps = [timeit.default_timer()], []
 
-    def timed_epoch(net, optimizer, loader, batches, epoch):
+    def timed_epoch(net, optimizer, loader, batches, *more):
         numbers_of_steps.append(len(batches))
         times.append(timeit.default_timer())
-        loss = train_epoch(net, optimizer, loader, batches, epoch)  # waits for the GPU
+        loss = train_epoch(net, optimizer, loader, batches, *more)  # waits for the GPU
         times.append(timeit.default_timer())
         return loss
 
@@ -330,10 +329,11 @@ def step_seconds(precision):
     optimizer = torch.optim.Adam(net.train().parameters(), fused=True)
     clips = torch.randn(BATCH, 1, N_MELS, N_FRAMES, device=device).to(getattr(torch, precision))
     labels = (torch.rand(BATCH, N_TAGS, device=device) < 0.07).float()
+    gradients = Graphed(trainer.compute_gradients)
 
     def steps():
         for _ in range(TIMED_STEPS):
-            trainer.training_step(net, optimizer, clips, labels, BATCH, precision)
+            trainer.training_step(net, optimizer, gradients, clips, labels, BATCH, precision)
         torch.cuda.synchronize()
 
     return 1 / rate(TIMED_STEPS, steps)

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,8 @@ class PlayedGPUs(TorchFunctionMode):
         self.pinned, self.n_pinned = WeakTensorKeyDictionary(), 0  # those in pinned memory, and how many ever were
         self.generator = torch.Generator()
         self.waits = []  # names of the calls in which the host waits for a GPU
+        self.recording = False
+        self.n_replays = 0
 
     def set_device(self, device):
         self.current = torch.cuda._utils._get_device_index(device)  # which refuses a torch.device without an index
@@ -112,6 +115,48 @@ class PlayedGPUs(TorchFunctionMode):
             self.devices.pop(tensor, None)
 
 
+class PlayedGraph(TorchDispatchMode):
+    """A CUDA graph: while this mode is entered, operations are recorded, and their effects undone at its end."""
+
+    def __init__(self, gpus):
+        super().__init__()
+        self.gpus, self.operations, self.before = gpus, [], {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs, arguments = kwargs or {}, operation._schema.arguments
+        for argument, value in zip(arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.setdefault(id(value), (value, value.clone()))
+        result = operation(*args, **kwargs)
+        self.operations.append((operation, args, kwargs, result))
+        return result
+
+    def __enter__(self):
+        self.gpus.recording = True
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self.gpus.recording = False
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for value, before in self.before.values():
+                value.copy_(before)
+
+    def replay(self):
+        self.gpus.n_replays += 1
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for operation, args, kwargs, result in self.operations:
+                again = operation(*args, **kwargs)
+                for old, new in zip(tensors_in([result]), tensors_in([again])):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class PlayedStream:
+    def wait_stream(self, other):
+        pass
+
+
 def is_device(value):
     names = "cuda", "cpu", "mps", "meta"
     return isinstance(value, torch.device) or isinstance(value, str) and value.split(":")[0] in names
@@ -158,7 +203,12 @@ def played_gpus(n_gpus=1):
             "device_count": lambda: n_gpus,
             "get_device_name": lambda device=None: "a GPU played by the CPU",
             "synchronize": lambda: None,
-            "is_current_stream_capturing": lambda: False,
+            "is_current_stream_capturing": lambda: gpus.recording,
+            "CUDAGraph": partial(PlayedGraph, gpus),
+            "graph": lambda graph, stream, capture_error_mode: graph,
+            "Stream": PlayedStream,
+            "current_stream": PlayedStream,
+            "stream": contextlib.nullcontext,
             "set_device": gpus.set_device,
             "manual_seed_all": gpus.manual_seed_all,
         },

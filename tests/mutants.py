@@ -53,6 +53,7 @@ def of(file, tests, *replacements):
 
 LOOP = "test_experiment.py::test_the_trainer_does_what_a_plain_loop_does"
 NETWORK = "test_model.py::test_the_networks_own_dropout_and_batch_norm_are_the_papers"
+GRAPH = "test_cuda.py::test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none"
 DEFAULTS = "test_experiment.py::test_the_defaults_are_the_originals"
 SPLIT = "test_splits.py::test_the_trainer_uses_the_split_that_was_asked_for"
 RESUMED = "test_trainer.py::test_killed_and_resumed_is_bit_identical"
@@ -74,7 +75,7 @@ MUTANTS = [
         ("settings.learning_rate, fused", "settings.learning_rate, eps=1e-6, fused"),
         ("settings.learning_rate, fused", "settings.learning_rate, weight_decay=1e-4, fused"),
         ("(n_clips * targets.shape[1])", "targets.shape[1]"),
-        ("    optimizer.zero_grad()\n", ""),
+        ("    net.zero_grad()\n", ""),
         ("    net.train()\n", ""),
         ('            rng.shuffle(parts["train"])\n', ""),
         ("    initialize(net, rng)\n", ""),
@@ -93,7 +94,8 @@ MUTANTS = [
         ("range(0, len(rows), batch_size)", "range(0, len(rows) - 1, batch_size)")),
     *of("lib/loader.py", LOOP,
         ("    net.eval()\n", ""),
-        ("if self.pinned else self.labels[rows]", "if self.pinned else self.labels[rows[::-1]]")),
+        ("if self.pinned else self.labels[rows]", "if self.pinned else self.labels[rows[::-1]]"),
+        ("(spectrograms - self.mean) / self.std", "spectrograms - self.mean")),
     *of("trainer.py", DEFAULTS,
         ("= (20, 30, 35)", "= (20, 30)"),
         ("epochs: number(int, 0) = 40", "epochs: number(int, 0) = 50"),
@@ -103,7 +105,7 @@ MUTANTS = [
     # ====== the network ======
     *of("model.py", NETWORK,
         ("BatchDropout(keep_probability=0.6)", "BatchDropout(keep_probability=0.4)"),
-        ("draw_mask(features.shape[1])", "draw_mask(features.numel()).view_as(features)"),
+        ("features * self.mask", "features * self.draw_mask(features.numel()).view_as(features).to(features.dtype)"),
         (".double() / self.keep_probability", ".double()"),
         ("momentum=0.01", "momentum=0.99"),
         ("epsilon=1e-3", "epsilon=1e-5"),
@@ -125,6 +127,23 @@ MUTANTS = [
         ("super().__init__(*layers, nn.ReLU(inplace=True))",
          "super().__init__(layers[0], nn.ReLU(), *layers[1:])",
          "both are monotone: the ReLU may come before or after the pooling")),
+    *of("model.py", "test_model.py::test_the_convolutions_that_a_gpu_computes_in_another_order",
+        (".flip(2, 3)", ""),
+        ("movedim((2, 3), (0, 1))", "movedim((2, 3), (1, 0))"),
+        ("unfold(3, seen[1], columns)", "unfold(3, seen[1], columns - 1)[:, :, :, :157]"),
+        ("F.pad(maps, (padding[1], padding[1], padding[0], padding[0]))",
+         "F.pad(maps, (padding[0], padding[0], padding[1], padding[1]))"),
+        ("maps + convolution.bias.to(maps.dtype)[:, None, None]", "maps")),
+    *of("lib/graph.py", GRAPH,
+        ("        net.draw()\n", ""),
+        ("            weights.grad = gradient", "            pass"),
+        ("        self.targets.copy_(targets)\n", ""),
+        ("        self.spectrograms.copy_(spectrograms)\n", ""),
+        ("return self.loss.clone()", "return self.loss"),
+        ("if spectrograms.shape != self.spectrograms.shape", "if self.graph")),
+    *of("trainer.py", "test_cuda.py::test_what_is_not_a_graph",
+        (' and hasattr(net, "draw")', ""),
+        ('device.type == "cuda" and world', "world")),
     # ====== which clips ======
     *of("lib/splits.py", SPLIT,
         ('(first == "c"), np.flatnonzero(first > "c")', '(first > "c"), np.flatnonzero(first == "c")'),
@@ -204,7 +223,6 @@ MUTANTS = [
         ("axis=0) / n_values - mean**2", "axis=0) / n_values"),
         ("np.where(varies, std, 1)", "std"),
         ("std > 1e-5 * np.abs(mean)", "std > 0"),
-        ("np.divide(target, std[:, None], out=target)", "pass"),
         ("divmod(row, len(self.spectrograms[0]))", "divmod(row, len(self.spectrograms[0]))[0], 0"),
         ("zlib.crc32(self.clips.read(CLIP_BYTES)) != crc", "False"),
         ("zlib.crc32(clip) == expected[row]", "True"),

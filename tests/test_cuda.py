@@ -11,10 +11,12 @@ from cuda_on_cpu import played_gpus
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError
 from lib.dump import Dump
+from lib.graph import Graphed
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, prepare_device
-from model import MultiScaleCNN, initialize
+from model import ConvPool, MultiScaleCNN, initialize
 from test_trainer import TINY, same_checkpoint, without_paths
+from trainer import compute_gradients
 
 TINY = [*TINY, "--train-size", 4]  # 2 steps
 
@@ -22,6 +24,12 @@ TINY = [*TINY, "--train-size", 4]  # 2 steps
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return write_dump(tmp_path_factory.mktemp("small"), n_clips=8)
+
+
+@pytest.fixture
+def same_sums(monkeypatch):
+    """Let convolutions on a GPU sum in the order of those on the CPU, for results that are equal to the last bit."""
+    monkeypatch.setattr(ConvPool, "forward", torch.nn.Sequential.forward)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +71,7 @@ def test_tf32_is_switched_on_cuda_alone(gpus):
         assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == expected
 
 
-def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_script, gpus):
+def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_script, gpus, same_sums):
     def train(name, device, epochs):
         options = "--name", name, *TINY, "--device", device, "--epochs", epochs, "--resume"
         printed = call_script("trainer.py", "--data", small, "--experiments", tmp_path, *options).stdout
@@ -88,8 +96,9 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gpus, monkeypatch, precision):
-    dump, batches, found = Dump(small), np.split(np.arange(4), 2), {}
+def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gpus, monkeypatch, precision, same_sums):
+    dump, found = Dump(small), {}
+    batches = [np.array(rows) for rows in ([3], [1], [5], [0], [6, 7], [2], [4])]  # one has another size
     normalization = {"mean": torch.zeros(128), "std": torch.ones(128)}
     step = trainer.training_step
 
@@ -98,7 +107,12 @@ def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gp
         return step(*arguments)
 
     monkeypatch.setattr(trainer, "training_step", step_without_waiting)
-    for device in map(torch.device, ("cpu", "cuda:0")):
+    for name, gradients in (
+        ("cpu", compute_gradients),
+        ("cuda", compute_gradients),
+        ("graph", Graphed(compute_gradients)),
+    ):
+        device = torch.device("cpu" if name == "cpu" else "cuda:0")
         net = MultiScaleCNN(3)
         initialize(net, np.random.RandomState(0))
         net.to(device, memory_format=torch.channels_last).train()
@@ -106,16 +120,26 @@ def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gp
         loader = Loader(dump, dump.labels, normalization, device, precision)
         torch.manual_seed(1)  # the masks are the same on every device
         gpus.waits.clear()
-        loss = trainer.train_epoch(net, optimizer, loader, batches, epoch=1)
+        loss = trainer.train_epoch(net, optimizer, loader, batches, 1, gradients)
         assert gpus.waits == (["tolist"] if device.type == "cuda" else []), "the losses are read at the end"
         probabilities = predict(net, loader, np.arange(4), batch_size=2)
         assert gpus.waits == (["tolist", "cpu"] if device.type == "cuda" else [])
-        found[device.type] = {"loss": loss, "probabilities": torch.from_numpy(probabilities)}
-        found[device.type] |= {name: weights.cpu() for name, weights in net.state_dict().items()}
-    assert same_checkpoint(found["cpu"], found["cuda"])
+        found[name] = {"loss": loss, "probabilities": torch.from_numpy(probabilities)}
+        found[name] |= {key: weights.cpu() for key, weights in net.state_dict().items()}
+    assert same_checkpoint(found["cpu"], found["cuda"]) and same_checkpoint(found["cpu"], found["graph"])
+    assert gpus.n_replays == 3, "of the six batches of one clip, three come before the recording"
 
 
-def test_a_tagger_on_a_gpu(small, tmp_path, call_script, gpus):
+@pytest.mark.parametrize("other", [{"net": "no draw"}, {"device": "cpu"}])
+def test_what_is_not_a_graph(small, tmp_path, call_script, gpus, monkeypatch, other):
+    monkeypatch.delattr(MultiScaleCNN, "draw") if "net" in other else None
+    options = "--train-size 5 --validation-size 2 --batch-size 1 --epochs 1 --device".split()
+    folders = "--data", small, "--experiments", tmp_path
+    call_script("trainer.py", *folders, *TINY, *options, other.get("device", "cuda"))
+    assert gpus.n_replays == 0
+
+
+def test_a_tagger_on_a_gpu(small, tmp_path, call_script, gpus, same_sums):
     call_script("trainer.py", "--data", small, "--experiments", tmp_path, *TINY, "--epochs", 0)
     samples = np.random.RandomState(0).uniform(-1, 1, 40 * 11025)
     for precision in ("float32", "bfloat16"):

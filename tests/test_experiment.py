@@ -128,4 +128,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(dump, monkeypatch):
     normalization = {"mean": torch.zeros(128), "std": torch.ones(128)}
     loader = Loader(dump, dump.labels, normalization, torch.device("cpu"), "float32")
     with pytest.raises(InputError, match="epoch 1, step 3: the loss is nan"):
-        trainer.train_epoch(MultiScaleCNN(3), None, loader, np.arange(4)[:, None], epoch=1)
+        trainer.train_epoch(MultiScaleCNN(3), None, loader, np.arange(4)[:, None], 1, None)

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+import torch
 
 from conftest import ROOT, write_dump
 from gen_spectrograms import log_mel_spectrogram
 from lib.audio import CLIP_SAMPLES, FRONT_END, load
 from lib.common import InputError
 from lib.dump import RECORD, Dump, band_normalization, read_manifest, write_manifest
+from lib.loader import Loader
 
 SECONDS = CLIP_SAMPLES / 11025
 
@@ -141,9 +143,11 @@ def test_the_dump(run_script, clips):
     constant = (np.tile(628 * power, (999, 1)) for power in (values, values**2))
     assert np.ptp(values) and band_normalization(*constant)[1].tolist() == [1] * 128, "whatever the rounding"
     assert band_normalization(np.zeros((2, 128)), np.zeros((2, 128)))[1].tolist() == [1] * 128, "of silence"
-    out = np.empty((3, 128, 628), np.float32)
-    dump.gather(np.array([20, 0, 13]), (mean, std), out)
-    assert np.allclose(out, (spectrograms[[20, 0, 13]] - mean[:, None]) / std[:, None])
+    normalization = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
+    loader, rows = Loader(dump, dump.labels, normalization, torch.device("cpu"), "float32"), np.array([20, 0, 13])
+    ((batch, labels),) = loader.batches([rows])
+    assert np.array_equal(batch[:, 0], (spectrograms[rows] - mean[:, None]) / std[:, None])
+    assert np.array_equal(labels, dump.labels[rows])
 
 
 BAD = {  # what is in the file, the clip's outcome, a part of the reason
