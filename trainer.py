@@ -82,6 +82,7 @@ def train(settings, dump, device, folder, last=None):
     rng = np.random.RandomState(settings.seed)
     labels, tag_names = select_tags(dump.labels, dump.tag_names, settings.n_tags, settings.merge_tags)
     dtype = prepare_device(device, settings.precision, settings.tf32)
+    torch.backends.cudnn.benchmark = True  # on CUDA, choose each convolution's algorithm by trying
     net = build_network(len(tag_names)).to(dtype)
     initialize(net, rng)
     parts = divide_clips(settings, dump, labels, rng)

@@ -43,7 +43,6 @@ def prepare_device(device, precision, tf32):
     if device.type == "cuda":
         fp32 = "tf32" if tf32 else "ieee"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
-        torch.backends.cudnn.benchmark = True  # choose each convolution's algorithm by trying
     return torch.float64 if precision == "float64" else torch.float32
 
 

@@ -429,9 +429,11 @@ def outcomes(mutants, pool, copies):
         folder = copies.get()
         original = (folder / mutant.file).read_text(encoding="utf-8")
         (folder / mutant.file).write_text(original.replace(mutant.text, mutant.replacement), encoding="utf-8")
-        alive = passes(folder, mutant.tests)
-        (folder / mutant.file).write_text(original, encoding="utf-8")
-        copies.put(folder)
+        try:
+            alive = passes(folder, mutant.tests)
+        finally:
+            (folder / mutant.file).write_text(original, encoding="utf-8")
+            copies.put(folder)
         return ("equivalent" if mutant.equivalent else "ALIVE") if alive else "died"
 
     return zip(mutants, pool.map(outcome_of, mutants))
