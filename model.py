@@ -107,7 +107,7 @@ def pooled_convolution_of_one_channel(maps, weight, padding, pool):
     maps = F.pad(maps, (padding[1], padding[1], padding[0], padding[0]))
     windows = maps.unfold(2, seen[0], rows).unfold(3, seen[1], columns).flatten(4).squeeze(1)
     shifted = F.pad(weight, (columns - 1, columns - 1, rows - 1, rows - 1)).unfold(2, seen[0], 1).unfold(3, seen[1], 1)
-    filters = shifted.flip(2, 3).movedim((2, 3), (0, 1)).reshape(-1, seen[0] * seen[1])  # first all of the first place
+    filters = shifted.movedim((2, 3), (0, 1)).reshape(-1, seen[0] * seen[1])  # all channels' at one place, then another
     results = F.linear(windows, filters).unflatten(3, (rows * columns, -1))
     return results.max(dim=3).values.permute(0, 3, 1, 2)
 

@@ -114,7 +114,6 @@ def test_in_bfloat16_the_last_layer_computes_in_float32():
 
 def test_the_convolutions_that_a_gpu_computes_in_another_order(gpus):
     clips, found = torch.from_numpy(np.random.RandomState(0).randn(2, 1, 128, 628)), []
-    clips[1, :, 40:] = clips[0, :, 40:] = -4  # where all results are equal, the first in a window counts
     for device in "cpu", "cuda":
         net = network(torch.float64).to(device, memory_format=torch.channels_last).train()
         net.dropout.draw_mask = torch.ones
