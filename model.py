@@ -19,7 +19,7 @@ def build_network(n_tags):
     """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
 
     Every script builds it here. Its last layer must be called `head`: --start-from replaces it if the tags differ.
-    It may have a method `draw`, like MultiScaleCNN.
+    With a method `draw`, as MultiScaleCNN has, it is recorded as a CUDA graph: README.md says what that requires.
     """
     return MultiScaleCNN(n_tags)
 
@@ -49,7 +49,7 @@ class MultiScaleCNN(nn.Module):
             nn.Flatten(),
         )
         self.batch_norm = FeatureBatchNorm(N_FEATURES)
-        self.dropout = BatchDropout(keep_probability=0.6)
+        self.dropout = BatchDropout(N_FEATURES, keep_probability=0.6)
         self.hidden = nn.Linear(N_FEATURES, 500)
         self.head = nn.Linear(500, n_tags)
 
@@ -64,8 +64,10 @@ class MultiScaleCNN(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype))
 
     def draw(self):
-        """Draw the next training step's random numbers, in place. With it, the trainer records a CUDA graph."""
-        self.dropout.draw()
+        """Draw the next training step's random numbers, in place, before a CUDA graph is replayed."""
+        for layer in self.modules():
+            if isinstance(layer, BatchDropout):
+                layer.draw()
 
 
 class ConvPool(nn.Sequential):
@@ -85,9 +87,9 @@ class ConvPool(nn.Sequential):
     def forward(self, maps):
         if not maps.is_cuda:
             return super().forward(maps)
-        convolution, *pooling, relu = self  # on a GPU the same function, but a training step takes half the time
+        convolution, *pooling, relu = self  # the same function, in an order that halves a GPU's time for a step
         weight, padding = convolution.weight, convolution.padding
-        if convolution.in_channels == 1:
+        if pooling and convolution.in_channels == 1:
             maps = pooled_convolution_of_one_channel(maps, weight, padding, pooling[0].kernel_size)
         else:
             maps = F.conv2d(maps, weight, padding=padding)
@@ -162,9 +164,10 @@ def all_reduce(tensor):
 class BatchDropout(nn.Module):
     """Totem's dropout: one mask serves every clip of the batch, and the probability is that of *keeping* a value."""
 
-    def __init__(self, keep_probability):
+    def __init__(self, n_features, keep_probability):
         super().__init__()
-        self.keep_probability, self.mask = keep_probability, None
+        self.keep_probability = keep_probability
+        self.register_buffer("mask", torch.empty(n_features), persistent=False)
 
     def draw_mask(self, n_features):
         """Return the mask of one step: (n_features,) float64, 0 or 1/keep_probability; on the CPU, for any device."""
@@ -173,14 +176,12 @@ class BatchDropout(nn.Module):
     def forward(self, features):
         if not self.training:
             return features
-        if self.mask is None or (self.mask.shape, self.mask.device) != (features.shape[1:], features.device):
-            self.mask = torch.empty_like(features[0])
         if not (features.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.draw()
-        return features * self.mask
+        return features * self.mask.clone()  # which the backward pass reads, perhaps after the next draw
 
     def draw(self):
-        """Draw the next mask in place. The forward pass does so itself, except in a CUDA graph."""
+        """Draw the next mask, in place. The forward pass does so, except when it is recorded as a CUDA graph."""
         mask = self.draw_mask(len(self.mask)).to(self.mask.dtype)
         mask = mask.pin_memory() if self.mask.is_cuda else mask  # from other memory, the copy would wait for the GPU
         self.mask.copy_(mask, non_blocking=True)

@@ -64,7 +64,7 @@ class Settings:
     tf32: bool = True  # in float32 on CUDA, round the inputs of matrix products to TF32
 
 
-STEPS_PER_READING = 100  # steps between readings of the loss on a GPU; each waits for the GPU
+STEPS_PER_READING = 20  # steps between readings of the loss on a GPU; each waits for the GPU
 
 
 def main():
@@ -123,7 +123,7 @@ def train(settings, dump, device, folder, last=None):
     checkpoint["normalization"] = source["normalization"] if source else computed
     loader = Loader(dump, labels, checkpoint["normalization"], device, settings.precision)
     uses_graph = device.type == "cuda" and world_size() == 1 and hasattr(net, "draw")
-    gradients = Graphed(compute_gradients) if uses_graph else compute_gradients
+    compute = Graphed(compute_gradients) if uses_graph else compute_gradients
     print_summary(settings, checkpoint, dump, net, device)
 
     # ====== epochs ======
@@ -135,7 +135,7 @@ def train(settings, dump, device, folder, last=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             batches = epoch_batches(parts["train"], settings.batch_size, settings.super_batch_size)
-            loss = train_epoch(net, optimizer, loader, batches, epoch, gradients)
+            loss = train_epoch(net, optimizer, loader, batches, epoch, compute)
             rng.shuffle(parts["train"])
         if rank() == 0:
             auc = validate(net, loader, labels, parts["validation"], settings)
@@ -173,7 +173,7 @@ def print_summary(settings, checkpoint, dump, net, device):
     print(f"schedule   epochs {n_done + 1} to {settings.epochs}, learning rate {settings.learning_rate:g} at first")
 
 
-def train_epoch(net, optimizer, loader, batches, epoch, gradients):
+def train_epoch(net, optimizer, loader, batches, epoch, compute):
     """Take a step on each batch, an array of rows; return the mean loss. Raises InputError if a loss is not finite."""
     net.train()
     losses, unread = [], []
@@ -181,7 +181,7 @@ def train_epoch(net, optimizer, loader, batches, epoch, gradients):
     shares = loader.batches([share_of_batch(rows) for rows in batches])
     bar = progress(shares, f"epoch {epoch}", len(batches), unit="step", leave=False, disable=True if rank() else None)
     for step, (rows, (spectrograms, targets)) in enumerate(zip(batches, bar), start=1):
-        unread.append(training_step(net, optimizer, gradients, spectrograms, targets, len(rows), loader.precision))
+        unread.append(training_step(net, optimizer, compute, spectrograms, targets, len(rows), loader.precision))
         if len(unread) == steps_per_reading or step == len(batches):
             losses += all_reduce(torch.stack(unread)).tolist()
             unread = []
@@ -191,9 +191,9 @@ def train_epoch(net, optimizer, loader, batches, epoch, gradients):
     return float(np.mean(losses))
 
 
-def training_step(net, optimizer, gradients, *batch):
-    """Take one step on a batch by `gradients`: compute_gradients, or a CUDA graph of it; return what that returns."""
-    loss = gradients(net, *batch)
+def training_step(net, optimizer, compute, *batch):
+    """Take one step on a batch; `compute` is compute_gradients or its CUDA graph. Returns the loss, as that does."""
+    loss = compute(net, *batch)
     all_reduce_gradients(net)
     optimizer.step()
     return loss

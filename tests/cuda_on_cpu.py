@@ -195,6 +195,7 @@ def played_gpus(n_gpus=1):
     def all_reduce_by_nccl(tensor, **options):
         in_backward_pass = _get_current_function_mode() is None  # where no tensor is marked
         assert in_backward_pass or tensor in gpus.devices, "NCCL has no operations on the CPU's tensors"
+        assert not gpus.recording, "never tried on GPUs"
         all_reduce(tensor, **options)
 
     stand_ins = {

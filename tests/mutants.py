@@ -104,7 +104,7 @@ MUTANTS = [
         ('"train"] = "all"', '"train"] = "train"')),
     # ====== the network ======
     *of("model.py", NETWORK,
-        ("BatchDropout(keep_probability=0.6)", "BatchDropout(keep_probability=0.4)"),
+        ("N_FEATURES, keep_probability=0.6", "N_FEATURES, keep_probability=0.4"),
         ("features * self.mask", "features * self.draw_mask(features.numel()).view_as(features).to(features.dtype)"),
         (".double() / self.keep_probability", ".double()"),
         ("momentum=0.01", "momentum=0.99"),
@@ -132,7 +132,10 @@ MUTANTS = [
         ("unfold(3, seen[1], columns)", "unfold(3, seen[1], columns - 1)[:, :, :, :157]"),
         ("F.pad(maps, (padding[1], padding[1], padding[0], padding[0]))",
          "F.pad(maps, (padding[0], padding[0], padding[1], padding[1]))"),
-        ("maps + convolution.bias.to(maps.dtype)[:, None, None]", "maps")),
+        ("maps + convolution.bias.to(maps.dtype)[:, None, None]", "maps"),
+        ("convolution.bias.to(maps.dtype)", "convolution.bias")),
+    *of("model.py", NETWORK,
+        ("self.mask.clone()", "self.mask")),
     *of("lib/graph.py", GRAPH,
         ("        net.draw()\n", ""),
         ("            weights.grad = gradient", "            pass"),
@@ -143,6 +146,7 @@ MUTANTS = [
     *of("trainer.py", "test_cuda.py::test_what_is_not_a_graph",
         (' and hasattr(net, "draw")', ""),
         ('device.type == "cuda" and world', "world")),
+    *of("trainer.py", "test_parallel.py", (" and world_size() == 1 and", " and")),
     # ====== which clips ======
     *of("lib/splits.py", SPLIT,
         ('(first == "c"), np.flatnonzero(first > "c")', '(first > "c"), np.flatnonzero(first == "c")'),

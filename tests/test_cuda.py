@@ -97,7 +97,7 @@ def test_training_on_a_gpu_goes_on_there_and_elsewhere(small, tmp_path, call_scr
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gpus, monkeypatch, precision, same_sums):
-    dump, found = Dump(small), {}
+    dump, found, kinds = Dump(small), {}, {"cpu": compute_gradients, "cuda": compute_gradients}
     batches = [np.array(rows) for rows in ([3], [1], [5], [0], [6, 7], [2], [4])]  # one has another size
     normalization = {"mean": torch.zeros(128), "std": torch.ones(128)}
     step = trainer.training_step
@@ -107,11 +107,7 @@ def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gp
         return step(*arguments)
 
     monkeypatch.setattr(trainer, "training_step", step_without_waiting)
-    for name, gradients in (
-        ("cpu", compute_gradients),
-        ("cuda", compute_gradients),
-        ("graph", Graphed(compute_gradients)),
-    ):
+    for name, compute in {**kinds, "graph": Graphed(compute_gradients)}.items():
         device = torch.device("cpu" if name == "cpu" else "cuda:0")
         net = MultiScaleCNN(3)
         initialize(net, np.random.RandomState(0))
@@ -119,20 +115,23 @@ def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gp
         optimizer = torch.optim.Adam(net.parameters(), fused=True)
         loader = Loader(dump, dump.labels, normalization, device, precision)
         torch.manual_seed(1)  # the masks are the same on every device
-        gpus.waits.clear()
-        loss = trainer.train_epoch(net, optimizer, loader, batches, 1, gradients)
-        assert gpus.waits == (["tolist"] if device.type == "cuda" else []), "the losses are read at the end"
-        probabilities = predict(net, loader, np.arange(4), batch_size=2)
-        assert gpus.waits == (["tolist", "cpu"] if device.type == "cuda" else [])
+        for epoch in 1, 2:
+            optimizer.param_groups[0]["lr"] = 1e-3 / epoch
+            gpus.waits.clear()
+            loss = trainer.train_epoch(net, optimizer, loader, batches, epoch, compute)
+            assert gpus.waits == (["tolist"] if device.type == "cuda" else []), "the losses are read at the end"
+            probabilities = predict(net, loader, np.arange(4), batch_size=2)
+            assert gpus.waits == (["tolist", "cpu"] if device.type == "cuda" else [])
         found[name] = {"loss": loss, "probabilities": torch.from_numpy(probabilities)}
         found[name] |= {key: weights.cpu() for key, weights in net.state_dict().items()}
     assert same_checkpoint(found["cpu"], found["cuda"]) and same_checkpoint(found["cpu"], found["graph"])
-    assert gpus.n_replays == 3, "of the six batches of one clip, three come before the recording"
+    assert gpus.n_replays == 9, "of the twelve batches of one clip, three come before the recording"
 
 
 @pytest.mark.parametrize("other", [{"net": "no draw"}, {"device": "cpu"}])
 def test_what_is_not_a_graph(small, tmp_path, call_script, gpus, monkeypatch, other):
-    monkeypatch.delattr(MultiScaleCNN, "draw") if "net" in other else None
+    if "net" in other:
+        monkeypatch.delattr(MultiScaleCNN, "draw")
     options = "--train-size 5 --validation-size 2 --batch-size 1 --epochs 1 --device".split()
     folders = "--data", small, "--experiments", tmp_path
     call_script("trainer.py", *folders, *TINY, *options, other.get("device", "cuda"))

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import ROOT
 from lib.common import keep_freed_memory
-from model import MultiScaleCNN, initialize
+from model import BatchDropout, MultiScaleCNN, initialize
 
 RECORDED = json.loads((ROOT / "tests/original.json").read_text())
 
@@ -80,7 +80,7 @@ def test_five_adam_steps_equal_the_recorded_ones():
 def test_the_networks_own_dropout_and_batch_norm_are_the_papers():
     net = MultiScaleCNN(50)
     torch.manual_seed(0)
-    features = net.train().dropout(torch.ones(3, 100_000))
+    features = BatchDropout(100_000, keep_probability=net.dropout.keep_probability)(torch.ones(3, 100_000))
     assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2]), "one mask for the batch"
     assert abs((features[0] > 0).double().mean() - 0.6) < 0.01 and features.max() == torch.tensor(1 / 0.6)
     features = torch.cat([torch.ones(5040), 5 * torch.ones(5040)]).reshape(2, 5040)
@@ -89,6 +89,11 @@ def test_the_networks_own_dropout_and_batch_norm_are_the_papers():
     assert torch.allclose(net.batch_norm.running_mean, torch.tensor(0.01 * 3))
     assert torch.allclose(net.batch_norm.running_var, torch.tensor(0.99 + 0.01 * 4)), "of the biased variance"
     assert torch.equal(net.eval().dropout(out), out)
+    features = torch.ones(1, 5040, requires_grad=True)
+    out = net.train().dropout(features)
+    net.draw()
+    out.sum().backward()
+    assert torch.equal(features.grad, out), "the backward pass has the forward pass's mask"
 
 
 def test_batch_norm_sees_the_convolutions_features_and_the_hidden_layer_what_dropout_leaves():
@@ -122,6 +127,8 @@ def test_the_convolutions_that_a_gpu_computes_in_another_order(gpus):
         found.append([logits.detach().cpu(), *(weights.grad.cpu() for weights in net.parameters())])
     for on_cpu, on_gpu in zip(*found):
         assert (on_cpu - on_gpu).abs().max() < 1e-12 * on_cpu.abs().max()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert network().to("cuda").branch1(clips.float().to("cuda")).dtype == torch.bfloat16
 
 
 def test_the_script_prints_the_network(run_script):
