@@ -192,7 +192,7 @@ def train_epoch(net, optimizer, loader, batches, epoch, compute):
 
 
 def training_step(net, optimizer, compute, *batch):
-    """Take one step on a batch; `compute` is compute_gradients or its CUDA graph. Returns the loss, as that does."""
+    """Take one step on a batch, by `compute`: compute_gradients, or a CUDA graph of it. Returns what it returns."""
     loss = compute(net, *batch)
     all_reduce_gradients(net)
     optimizer.step()
@@ -200,7 +200,7 @@ def training_step(net, optimizer, compute, *batch):
 
 
 def compute_gradients(net, spectrograms, targets, n_clips, precision):
-    """Compute this process's share of the gradients of a batch of `n_clips`; return that of the loss, 0-d, unread."""
+    """Compute the gradients of this process's share of a batch of `n_clips`. Returns its part of the loss, 0-d."""
     with autocast(spectrograms.device, precision):
         logits = net(spectrograms)
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / (n_clips * targets.shape[1])

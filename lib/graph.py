@@ -8,8 +8,8 @@ STEPS_BEFORE = 3  # run as they are before one is recorded: libraries choose alg
 class Graphed:
     """`compute(net, spectrograms, targets, ...)` for training: recorded for the size of the first batch, then replayed.
 
-    Batches of another size run as they are. A replay repeats the kernels on the same memory, and nothing that happened
-    on the host: so `net.draw` draws the random numbers beforehand, and everything else must be the same in each step.
+    Batches of another size run as they are. A replay repeats the kernels, on the same memory, and nothing that Python
+    did: so `net.draw` draws the random numbers before it, and everything else must be the same in each step.
     """
 
     def __init__(self, compute):

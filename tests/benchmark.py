@@ -322,7 +322,8 @@ def time_epochs(scratch, *options):
 
 def step_seconds(precision):
     """Return the seconds of a training step whose batch is on the GPU."""
-    device, torch.backends.cudnn.benchmark = choose_device("cuda"), True  # as in trainer.train
+    device = choose_device("cuda")
+    torch.backends.cudnn.benchmark = True  # as in trainer.train
     net = MultiScaleCNN(N_TAGS).to(
         device, prepare_device(device, precision, tf32=True), memory_format=torch.channels_last
     )
