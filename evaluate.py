@@ -4,13 +4,12 @@ Writes results.json, tables and pictures beside the checkpoint, or into --output
 too. With --against, compares two experiments instead. With --tag, prints the most likely tags of audio files instead.
 """
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lib.common import ROOT, Count, InputError, Seed, number, optional_picture, require_writable, run
-from lib.common import whole_file, write_table
+from lib.common import ROOT, Count, FromPython, InputError, Seed, number, optional_picture, require_writable, run
+from lib.common import write_json, write_table
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ import tyro
 
 from lib import scores
 from lib.baseline import band_features, baseline_predictions, names_only_predictions, origins_of, repeatability
-from lib.checkpoint import SEEN, clips_seen, count_seen, load_checkpoint, load_network
+from lib.checkpoint import SEEN, cautions, clips_seen, count_seen, load_checkpoint, load_network
 from lib.dump import Dump, same_clips
-from lib.experiment import require_other_seeds
+from lib.experiment import data_folder, require_other_seeds
 from lib.library import ELSEWHERE, tag_files
 from lib.loader import Loader, predict
 from lib.parallel import choose_device, started_with_others
@@ -31,13 +30,13 @@ from tags import clip_info_of, select_tags
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromPython):
     # what to evaluate
     experiments: Path = ROOT / "experiments"  # folder of all experiments
     name: tuple[str, ...] = ("paper",)  # experiment whose best.pt is evaluated; or several that differ in their seeds
     checkpoint: Path | None = None  # another checkpoint, instead of the experiment's best.pt
     output: Path | None = None  # folder for tables and pictures, instead of the checkpoint's
-    data: Path = ROOT / "data"  # folder with the dump
+    data: Path | None = None  # folder with the dump; default: the one that the checkpoint was trained on
     other_data: bool = False  # score the dump even if the checkpoint was trained on another
     against: str = ""  # another experiment, to compare with instead of scoring
     baseline: bool = True  # also score a baseline, a logistic regression on mel-band loudness
@@ -63,8 +62,8 @@ RIVALS = dict(baseline="a logistic regression on mel bands' loudness", names_onl
 WORTH_A_LISTEN = 10  # clips per tag in each direction
 
 
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
+def main(settings=None):
+    settings = settings or tyro.cli(Settings, description=__doc__)
     if started_with_others():
         raise InputError("evaluate.py: runs in one process; start it with python instead of torchrun")
     paths = [settings.checkpoint or settings.experiments / name / "best.pt" for name in settings.name]
@@ -72,6 +71,7 @@ def main():
         raise InputError("--name: takes one experiment, or several only to score them")
     if settings.tag is not None or settings.csv or settings.json or settings.taggram:
         return tag_files(settings, paths[0])
+    settings = replace(settings, data=settings.data or data_folder(load_checkpoint(paths[0])["hyperparameters"]))
     require_other_seeds([path.parent for path in paths] if len(paths) > 1 else [])
     ours, *others = evaluations = [Evaluation(settings, path) for path in paths]
     for each in evaluations:
@@ -133,11 +133,8 @@ class Evaluation:
 def clips_of(checkpoint, dump, other_data):
     """Return (labels, rows): the dump's labels for the checkpoint's tags, and its rows of each part of the split.
 
-    Raises InputError if the dump lacks one of the clips or tags, or was made with a different front end; and, unless
-    `other_data`, if the checkpoint was trained on another dump.
+    Raises InputError if the dump lacks one of the clips or tags or, unless `other_data`, if it is not the checkpoint's.
     """
-    if checkpoint["front_end"] != dump.front_end:
-        raise InputError(f"{dump.data}: made with a different front end from the checkpoint's; remake the spectrograms")
     merge = checkpoint["hyperparameters"].get("merge_tags", True)
     labels, names = select_tags(dump.labels, dump.tag_names, len(dump.tag_names), merge)
     if missing := [name for name in checkpoint["tag_names"] if name not in names]:
@@ -160,7 +157,7 @@ def score_part(evaluation, rows, probabilities, rivals):
         "clips": len(rows),
         **count_seen(ids, evaluation.checkpoint["seen_before"], [evaluation.checkpoint["dump"]]),
         **ours.macro(),
-        "clip_roc_auc": scores.macro(scores.clip_roc_auc(labels, probabilities)),
+        "clip_roc_auc": scores.macro(scores.roc_auc(labels.T, probabilities.T)),
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
         "tags": per_tag_rows(evaluation, rows, ours),
@@ -206,8 +203,9 @@ def write_results(evaluation, results, predicted):
     write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
     clips = {part: [(dump.ids[row], dump.mp3_paths[row]) for row in evaluation.rows[part]] for part in EVALUATED}
     for part, probabilities in predicted.items():
-        rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], probabilities)]
-        write_table(folder / f"predictions_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
+        for name, columns in (("predictions", probabilities), ("labels", evaluation.labels[evaluation.rows[part]])):
+            rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], columns)]
+            write_table(folder / f"{name}_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
     test = tag_names, evaluation.labels[evaluation.rows["test"]], predicted["test"]
     write_table(folder / "worth_a_listen.csv", worth_a_listen(clips["test"], *test))
     with optional_picture(folder):
@@ -228,12 +226,6 @@ def worth_a_listen(clips, tag_names, labels, probabilities):
                 yield name, annotated, f"{values[clip]:.4f}", *clips[clip]
 
 
-def write_json(path, results):
-    """Write `results` with null in place of NaN, which JSON does not have."""
-    with whole_file(path, "w", encoding="utf-8") as file:
-        json.dump(json.loads(json.dumps(results), parse_constant={"NaN": None}.__getitem__), file, indent=1)
-
-
 def print_results(results, checkpoint):
     print(f"{results['checkpoint']}\n{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
     for row in sorted(results["test"]["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
@@ -243,7 +235,7 @@ def print_results(results, checkpoint):
         print_part(part, results[part])
     print(f"\nbrackets: {results['intervals']}", *(f"made with {line}" for line in results["made_with"]), sep="\n")
     other = f"note: {results['data']} is not the checkpoint's dump (--other-data): nothing published to compare with"
-    print(other if results["other_data"] else published(checkpoint))
+    print(*cautions(checkpoint), other if results["other_data"] else published(checkpoint), sep="\n")
 
 
 def bracketed(row, score):
@@ -276,7 +268,8 @@ def print_part(part, result):
     for name, what in RIVALS.items():
         if rival := result[name]:
             gain = rival[f"network_minus_{name}"]["roc_auc"]
-            verdict = f": not clearly better than {what}" if gain["low"] <= 0 else ""  # NaN is not
+            verdict = "clearly worse" if gain["high"] < 0 else "not clearly better" if gain["low"] <= 0 else ""
+            verdict = verdict and f": {verdict} than {what}"  # of NaN, none
             roc_auc, precision = format_interval(rival["roc_auc"]), format_interval(rival["average_precision"])
             print(f"  {name.replace('_', ' '):<18} ROC-AUC {roc_auc}, average precision {precision}")
             print(f"  network - {name.split('_')[0]:<8} ROC-AUC {format_interval(gain)}{verdict}")
@@ -306,7 +299,7 @@ def compare(ours, theirs):
     n_seen, n_perhaps = count_seen(ids, clips_seen(one) + clips_seen(other), dumps).values()
     if n_seen:
         seen = f"{n_seen:,} clips of the two test sets were trained or chosen on, by one or by what it started from"
-        raise InputError(f"{name}, {against}: {seen}; use one split for all")
+        raise InputError(f"{name}, {against}: {seen}; give all the same --split-seed")
     if n_perhaps:
         notes.append(f"{n_perhaps:,} test clips have ids that one network saw in other data, of maybe other clips")
     if dumps != {ours.dump.fingerprint}:

@@ -16,21 +16,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import tyro
 
 from lib.audio import CLIP_SAMPLES, CLIP_SAMPLES_READ, FRONT_END, N_FRAMES, N_MELS, SAMPLE_RATE
-from lib.audio import load, log_mel, log_mel_spectrogram, resample  # noqa: F401 - one is re-exported
-from lib.common import ROOT, InputError, keep_freed_memory, lock, naming, number, progress, reason, require_writable
-from lib.common import run, whole_file, write_table
-from lib.dump import CLIP_BYTES, MANIFEST, Dump, annotations_sha256, checksums, chunk_files, delete_dump, divide
+from lib.audio import load, log_mel, log_mel_spectrogram, require_front_end, resample  # noqa: F401 - one is re-exported
+from lib.common import ROOT, FromPython, InputError, keep_freed_memory, lock, naming, number, progress, reason
+from lib.common import require_writable, run, whole_file, write_table
+from lib.dump import CLIP_BYTES, MANIFEST, Dump, annotations_sha256, chunk_files, delete_dump, divide
 from lib.dump import hex_crc32, read_manifest, write_manifest
 from tags import annotations_file, read_annotations
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromPython):
     data: Path = ROOT / "data"  # folder with the annotations and the audio; the dump is written there
     n_chunks: number(int, 1, 256) = 8  # files that the dump is divided into, and worker processes
     chunks: tuple[int, ...] = ()  # make only these files, to divide the work; default: all
@@ -43,8 +44,8 @@ TOO_MANY_BAD = 0.05  # of the clips: a warning, and a non-zero exit status
 OUTCOMES = {"zero": "bad (all zeros)", "padded": "short (padded with silence)", "gaps": "with gaps (damaged)"}
 
 
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
+def main(settings=None):
+    settings = settings or tyro.cli(Settings, description=__doc__)
     annotations = read_annotations(annotations_file(settings.data))
     links = f"mkdir dump && ln -s {shlex.quote(str(settings.data.resolve()))}/* dump"
     require_writable(settings.data, f"make a folder of links ({links}) and give it as --data")
@@ -79,13 +80,14 @@ def start_or_resume(data, plan):
         if unexpected := chunk_files(data):
             raise InputError(f"{unexpected[0]}: of a dump without {MANIFEST}; move it away, or --overwrite deletes it")
         made_with = ", ".join(f"{name} {version(name)}" for name in ("librosa", "soxr"))
-        write_manifest(data, {**plan, "complete": False, "made_with": made_with})
+        write_manifest(data, {**plan, "complete": False, "made_with": made_with, "n_cut": 0})
     return manifest_of(data, plan)
 
 
 def manifest_of(data, plan):
     """Return the manifest of the dump in folder `data`. Raises InputError if that has another plan, or was deleted."""
     manifest = read_manifest(data)
+    require_front_end(manifest.get("front_end", FRONT_END), data / MANIFEST, "--overwrite starts over")
     renewed = {"annotations_sha256"} if manifest.get("complete") else set()  # see reopen
     if differing := [key for key in plan if manifest.get(key) != plan[key] and key not in renewed]:
         found = ", ".join(f"{key} ({manifest.get(key)} there, {plan[key]} now)" for key in differing)
@@ -105,7 +107,8 @@ def reopen(settings, plan, annotations, chunks):
         records = dump.records()
         for chunk in chunks:
             chunk.reopen(records[chunk.rows.start : chunk.rows.stop], settings.retry_bad)
-        write_manifest(settings.data, {**plan, "complete": False, "made_with": dump.made_with})
+        kept = {"made_with": dump.made_with, "n_cut": dump.manifest.get("n_cut", 0)}
+        write_manifest(settings.data, {**plan, "complete": False, **kept})
     return read_manifest(settings.data)
 
 
@@ -146,7 +149,7 @@ def make_chunk(chunk, plan, mp3_paths, retry_bad, failures):
         with naming(chunk.path), lock(chunk.path):
             if chunk.is_complete() or manifest_of(chunk.path.parent, plan)["complete"]:
                 return  # another process has completed it while this one waited
-            bad = np.flatnonzero(chunk.records()["outcome"]) if retry_bad else []
+            bad = np.flatnonzero(np.isin(chunk.records()["outcome"], [*map(str.encode, OUTCOMES)])) if retry_bad else []
             missing = {*chunk.resume()}
             for place in sorted({*bad, *missing}):
                 made = make_spectrogram(clip_path(chunk.path.parent, mp3_paths[chunk.rows[place]]))
@@ -174,7 +177,7 @@ def make_spectrogram(path):
         return np.zeros((N_MELS, N_FRAMES), np.float32), "zero", reason(error).removeprefix(f"{path}: ")
     if len(samples) < CLIP_SAMPLES:
         return log_mel(samples), "padded", f"{len(samples) / SAMPLE_RATE:.2f} s long{note and '; '}{note}"
-    return log_mel(samples), note and "gaps", note
+    return log_mel(samples), "gaps" if note else "cut" * (len(samples) > CLIP_SAMPLES_READ), note
 
 
 def finish(data, plan, annotations, chunks):
@@ -183,14 +186,18 @@ def finish(data, plan, annotations, chunks):
     if not manifest["complete"] and all(chunk.is_complete() for chunk in chunks):
         records = np.concatenate([chunk.records() for chunk in chunks])
         texts = [[text.decode(errors="replace") for text in records[name].tolist()] for name in ("outcome", "reason")]
-        bad = [row for row in zip(annotations.ids, annotations.mp3_paths, *texts) if row[2]]
+        bad = [row for row in zip(annotations.ids, annotations.mp3_paths, *texts) if row[2] in OUTCOMES]
         write_table(data / "bad_clips.csv", [("clip_id", "mp3_path", "outcome", "reason"), *bad])
-        tables = dict(zip(("ids", "tags", "tag_names", "mp3_paths"), annotations)) | {"checksums": checksums(records)}
+        reasons = {path: text for _, path, outcome, text in bad if outcome == "zero"}
+        commonest = mode(reasons.values()) if reasons else ""
+        tables = dict(zip(("ids", "tags", "tag_names", "mp3_paths"), annotations)) | {"checksums": records["crc32"]}
         for name, values in tables.items():
             with whole_file(data / f"{name}.npy") as file:
                 np.save(file, np.array(values), allow_pickle=False)
         manifest |= {
             "outcomes": {kind: texts[0].count(kind) for kind in OUTCOMES},
+            "mostly": next((f"{text}: {path}" for path, text in reasons.items() if text == commonest), ""),
+            "n_cut": manifest.get("n_cut", 0) + texts[0].count("cut"),
             "synthetic": (data / "SYNTHETIC.txt").exists(),
             "crc32": {f"{name}.npy": hex_crc32((data / f"{name}.npy").read_bytes()) for name in tables},
             "complete": True,
@@ -211,9 +218,12 @@ def print_summary(data, manifest, chunks):
     n_clips, outcomes = manifest["n_clips"], manifest["outcomes"]
     print(f"{data}: {n_clips:,} spectrograms, {n_clips * CLIP_BYTES / 1e9:.2f} GB in {len(chunks)} files")
     kinds = ", ".join(f"{outcomes.get(kind, 0):,} {words}" for kind, words in OUTCOMES.items())
-    print(f"of these clips, {kinds}: see {data}/bad_clips.csv; --retry-bad tries them again")
+    mostly = f"; the commonest reason: {manifest['mostly']}" if manifest.get("mostly") else ""
+    print(f"of these clips, {kinds}: see {data}/bad_clips.csv; --retry-bad tries them again{mostly}")
+    if n_cut := manifest.get("n_cut"):
+        print(f"{n_cut:,} clips are longer: of these, the first 29.1 s count")
     if outcomes["zero"] > TOO_MANY_BAD * n_clips:
-        many = f"{outcomes['zero']:,} of {n_clips:,} clips are bad, more than {TOO_MANY_BAD:.0%}"
+        many = f"{outcomes['zero']:,} of {n_clips:,} clips are bad, more than {TOO_MANY_BAD:.0%}{mostly}"
         raise InputError(f"{data}: {many}; the dump is kept; if audio was missing, add it and use --retry-bad")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from lib.common import ROOT, InputError, lock, progress, reason, run, whole_file
+from lib.common import ROOT, FromPython, InputError, lock, progress, reason, run, whole_file
 from lib.demo import render
 from lib.download import Host, Piece, fetch
 from tags import annotations_file
@@ -37,14 +37,14 @@ UNPACKED = "unpacked.txt"  # "bytes name" of each clip and, last, the MD5 of the
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromPython):
     data: Path = ROOT / "data"  # folder for all files; those put there by hand are used if their MD5 is right
     hosts: tuple[str, ...] = HOSTS  # addresses of folders with both tables and mp3.zip, whole or in parts
     demo: bool = False  # fetch nothing, render synthetic clips into the folder "demo" inside the data folder
 
 
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
+def main(settings=None):
+    settings = settings or tyro.cli(Settings, description=__doc__)
     folder = settings.data / "demo" if settings.demo else settings.data
     if settings.demo:
         render(folder)
@@ -90,10 +90,7 @@ def is_unpacked(data):
 
 
 def unpack(data):
-    """Unpack the clips into `data`, except those that exist and are whole, and write a list of them.
-
-    Raises InputError if the archive is damaged or holds anything but clips.
-    """
+    """Unpack the clips into `data`, except those that are there, and list them. Raises InputError as clips_in does."""
     listed = []
     for name, clip in clips_in(data / ARCHIVE.name):
         path = data / name

@@ -15,15 +15,6 @@ N_MELS, N_FRAMES = 128, 628  # of a spectrogram
 N_FEATURES = 70 * (N_MELS // 16) * (N_FRAMES // 64)  # channels x mels x frames after the last pooling: 5,040
 
 
-def build_network(n_tags):
-    """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
-
-    Every script builds it here. Its last layer must be called `head`: --start-from replaces it if the tags differ.
-    With a method `draw`, as MultiScaleCNN has, it is recorded as a CUDA graph: README.md says what that requires.
-    """
-    return MultiScaleCNN(n_tags)
-
-
 class MultiScaleCNN(nn.Module):
     """(clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
 
@@ -185,6 +176,18 @@ class BatchDropout(nn.Module):
         mask = self.draw_mask(len(self.mask)).to(self.mask.dtype)
         mask = mask.pin_memory() if self.mask.is_cuda else mask  # from other memory, the copy would wait for the GPU
         self.mask.copy_(mask, non_blocking=True)
+
+
+NETWORKS = {"MultiScaleCNN": MultiScaleCNN}  # by the names that trainer.py's --network takes, and checkpoints keep
+
+
+def build_network(n_tags, name="MultiScaleCNN"):
+    """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
+
+    Every script builds it here. Its last layer must be called `head`: --start-from replaces it if the tags differ.
+    With a method `draw`, as MultiScaleCNN has, it is recorded as a CUDA graph: README.md says what that requires.
+    """
+    return NETWORKS[name](n_tags)
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from lib.common import ROOT, Count, InputError, run
+from lib.common import ROOT, Count, FromPython, InputError, run
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromPython):
     data: Path = ROOT / "data"  # folder with tags.csv or annotations_final.csv
     n_tags: Count = 50  # how many of the most frequent tags to keep
     merge_tags: bool = True  # merge synonyms first
@@ -65,8 +65,8 @@ class Annotations(NamedTuple):
     mp3_paths: list  # relative to the data folder
 
 
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
+def main(settings=None):
+    settings = settings or tyro.cli(Settings, description=__doc__)
     annotations = read_annotations(annotations_file(settings.data))
     labels, names = select_tags(annotations.labels, annotations.tag_names, settings.n_tags, settings.merge_tags)
     print(f"{len(labels):,} clips, {len(annotations.tag_names)} tags; the {len(names)} that training would use:")
@@ -108,10 +108,7 @@ class ClipInfo(NamedTuple):
 
 
 def clip_info_of(data, ids):
-    """Return the ClipInfo of each clip id, from clip_info_final.csv in folder `data`.
-
-    Raises InputError if the table is missing, malformed, or lacks one of the clips.
-    """
+    """Return the ClipInfo of each clip id, from clip_info_final.csv in `data`. Raises InputError if that lacks one."""
     path = data / "clip_info_final.csv"
     header, rows = _read_table(path)
     columns = ("artist", "album", "track_number", "title")
@@ -158,12 +155,18 @@ def _read_table(path):
     return header, rows
 
 
+def synonyms_among(tag_names):
+    """Return {merged tag: its names in a table} of those SYNONYMS of which it has two or more, as MagnaTagATune has."""
+    found = {group[0]: [name for name in group if name in tag_names] for group in SYNONYMS}
+    return {merged: names for merged, names in found.items() if len(names) > 1}
+
+
 def merge_synonyms(labels, tag_names):
-    """Return (labels, tag_names) with each group of SYNONYMS merged into one tag by OR.
+    """Return (labels, tag_names) with the tags of each group of synonyms_among them merged into one by OR.
 
     A merged tag takes the place of the first of its group in the table, and the group's first name.
     """
-    group_name = {name: group[0] for group in SYNONYMS for name in group}
+    group_name = {name: merged for merged, names in synonyms_among(tag_names).items() for name in names}
     merged_names = list(dict.fromkeys(group_name.get(name, name) for name in tag_names))
     merged = np.zeros((len(labels), len(merged_names)), labels.dtype)
     for column, name in enumerate(tag_names):
@@ -173,10 +176,7 @@ def merge_synonyms(labels, tag_names):
 
 
 def top_tags(labels, tag_names, n_tags):
-    """Return (labels, tag_names) of the `n_tags` tags with the most positives over all clips, in descending order.
-
-    Equal counts keep the order of their columns. Fewer tags than `n_tags`: all of them.
-    """
+    """Return (labels, tag_names) of the `n_tags` tags, or all, with the most positives; equal ones in column order."""
     order = np.argsort(-labels.sum(axis=0, dtype=np.int64), kind="stable")[:n_tags]
     return labels[:, order], [tag_names[column] for column in order]
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.common import ROOT, Count, InputError, Seed, number, progress, run
+from lib.common import ROOT, Count, FromPython, InputError, Seed, number, progress, run
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
-from lib.checkpoint import load_checkpoint, made_with, resume, resume_state, save, start_from
+from lib.checkpoint import cautions, load_checkpoint, made_with, resume, resume_state, save, start_from
 from lib.dump import Dump, band_normalization
-from lib.experiment import claimed_folder, hyperparameters, require_same, write_outputs
+from lib.experiment import claimed_folder, hyperparameters, require_same, saved_settings, write_outputs
 from lib.graph import Graphed
 from lib.loader import Loader, predict
 from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
@@ -26,17 +26,17 @@ from lib.parallel import rank, share_of_batch, world_size
 from lib.published import published
 from lib.scores import format_score, macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - one is re-exported
-from model import all_reduce, build_network, initialize
-from tags import select_tags
+from model import NETWORKS, all_reduce, build_network, initialize
+from tags import select_tags, synonyms_among
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromPython):
     # where
     data: Path = ROOT / "data"  # folder with the dump that gen_spectrograms.py made
     experiments: Path = ROOT / "experiments"  # folder of all experiments
     name: str = "paper"  # this experiment's folder in it
-    resume: bool = False  # continue from last.pt; without one, begin
+    resume: bool = False  # continue from last.pt, with its settings; without one, begin
     overwrite: bool = False  # replace an existing experiment
     start_from: Path | None = None  # a checkpoint to fine-tune: its weights and normalisation
 
@@ -50,7 +50,8 @@ class Settings:
     split_seed: Seed = None  # draws the split instead of --seed, so that other seeds have the same clips
     normalize_on: Literal["all", "train"] = "all"  # clips that give the mean and deviation of each mel band
 
-    # optimisation
+    # network and optimisation
+    network: Literal[tuple(NETWORKS)] = "MultiScaleCNN"  # of model.py
     learning_rate: number(float, 1e-12, 10) = 0.001  # Adam's, with betas 0.9 and 0.999 and epsilon 1e-8
     drop_after: tuple[Count, ...] = (20, 30, 35)  # divide the learning rate by ten after each of these epochs
     epochs: number(int, 0) = 40  # passes over the training clips
@@ -67,23 +68,30 @@ class Settings:
 STEPS_PER_READING = 20  # steps between readings of the loss on a GPU; each waits for the GPU
 
 
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
-    device = choose_device(settings.device)
-    dump = Dump(settings.data)
+def main(settings=None):
+    if settings is None:
+        settings = tyro.cli(Settings, description=__doc__)
+        if settings.resume:  # what the command line leaves out is then last.pt's
+            settings = tyro.cli(Settings, description=__doc__, default=saved_settings(settings))
+    train(settings)
+
+
+def train(settings):
+    """Run the experiment of `settings`, or what is left of it, and print and return its scores."""
+    device, dump = choose_device(settings.device), Dump(settings.data)
     with joined_processes(device), claimed_folder(settings) as (folder, last):
-        train(settings, dump, device, folder, last)
+        return run_experiment(settings, dump, device, folder, last)
 
 
-def train(settings, dump, device, folder, last=None):
-    """Run the experiment, or what is left of it after the checkpoint `last`, and print its scores."""
+def run_experiment(settings, dump, device, folder, last):
+    """Run the experiment, or what is left of it after the checkpoint `last`; print its scores, and return them."""
     # ====== data and network: one generator draws the weights, then the split, then the clips' order ======
     torch.manual_seed(settings.seed)
     rng = np.random.RandomState(settings.seed)
     labels, tag_names = select_tags(dump.labels, dump.tag_names, settings.n_tags, settings.merge_tags)
     dtype = prepare_device(device, settings.precision, settings.tf32)
     torch.backends.cudnn.benchmark = True  # on CUDA, choose each convolution's algorithm by trying
-    net = build_network(len(tag_names)).to(dtype)
+    net = build_network(len(tag_names), settings.network).to(dtype)
     initialize(net, rng)
     parts = divide_clips(settings, dump, labels, rng)
 
@@ -110,7 +118,8 @@ def train(settings, dump, device, folder, last=None):
     # ====== resume, or start from another checkpoint's weights ======
     source = last
     if last:
-        require_same(last, checkpoint, {"epochs"}, f"{folder / 'last.pt'}: resumes only as it began, and this differs")
+        may_differ = {"epochs", "train_size", "validation_size"}  # the clips themselves are compared
+        require_same(last, checkpoint, may_differ, f"{folder / 'last.pt'}: resumes only as it began, and this differs")
         resume(last, net, optimizer, parts["train"], rng)
     elif settings.start_from:
         source = load_checkpoint(settings.start_from)
@@ -130,7 +139,7 @@ def train(settings, dump, device, folder, last=None):
     if last and rank() == 0:
         write_outputs(folder, last, is_last=True)  # the last run may have been killed before it wrote these
     for epoch in range(len(history), settings.epochs + 1):
-        learning_rate, loss = learning_rate_at(epoch, settings), None
+        learning_rate, loss = float(learning_rate_at(epoch, settings)), None
         if epoch > 0:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -154,7 +163,8 @@ def train(settings, dump, device, folder, last=None):
         test, chosen = validate(net, loader, labels, parts["test"], settings), best["history"][-1]
         validation = f"{format_score(chosen['validation_roc_auc'])} (epoch {chosen['epoch']})"
         print(f"best validation ROC-AUC {validation}, test ROC-AUC {format_score(test)}")
-        print(published(best))
+        print(*cautions(best), published(best), sep="\n")
+        return {"epoch": chosen["epoch"], "validation_roc_auc": chosen["validation_roc_auc"], "test_roc_auc": test}
 
 
 def print_summary(settings, checkpoint, dump, net, device):
@@ -166,8 +176,10 @@ def print_summary(settings, checkpoint, dump, net, device):
     print(f"data       {settings.data}{' (synthetic)' if dump.synthetic else ''}")
     print(f"clips      {train} training, {validation} validation, {test} test{bad}")
     print(f"tags       {n_tags} tags{fewer}")
+    if settings.merge_tags and (merged := synonyms_among(dump.tag_names)):
+        print("merged    ", ", ".join(f"{' + '.join(names)} = {name}" for name, names in merged.items()))
     print(end=dump.note_on_table())
-    print(f"network    {sum(weights.numel() for weights in net.parameters()):,} parameters")
+    print(f"network    {settings.network}, {sum(weights.numel() for weights in net.parameters()):,} parameters")
     print(f"machine    {device}, {settings.precision}{' with TF32 matrix products' * tf32}, {world_size()} process(es)")
     print(f"seeds      --seed {settings.seed}, --split-seed {settings.split_seed}")
     print(f"schedule   epochs {n_done + 1} to {settings.epochs}, learning rate {settings.learning_rate:g} at first")

@@ -35,6 +35,13 @@ AUDIO_EXTENSIONS += ".mpc .oga .ogg .opus .ra .rf64 .snd .spx .tak .tta .voc .w6
 INEXACT_SECONDS = 0.5  # an intact file may be this much shorter than it says
 
 
+def require_front_end(found, path, remedy):
+    """Raise InputError, with the `remedy`, if the file `path` was made with another front end than this program's."""
+    both = {key: (found.get(key), FRONT_END.get(key)) for key in {**found, **FRONT_END}}
+    if differs := [f"{key} ({then} against {now})" for key, (then, now) in both.items() if then != now]:
+        raise InputError(f"{path}: made with a different front end from lib/audio.py's: {', '.join(differs)}; {remedy}")
+
+
 def log_mel_spectrogram(path):
     """Return the log-mel spectrogram of an audio file's first 29.1 s: (128, 628) float32, mel bands x frames.
 

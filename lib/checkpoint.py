@@ -1,6 +1,6 @@
 """Checkpoints: saved whole, loaded without executing anything, checked; and the state that resuming needs.
 
-trainer.train has the literal that says what a checkpoint holds.
+trainer.run_experiment has the literal that says what a checkpoint holds.
 """
 
 import io
@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.audio import require_front_end
 from lib.common import ROOT, InputError, reason, whole_file
 from lib.dump import same_clips
 from lib.parallel import prepare_device, world_size
+from lib.splits import epoch_batches
 from model import build_network
 
 # What count_seen returns, in words
@@ -33,35 +35,62 @@ def made_with(device, dump, last):
 
 
 def save(path, checkpoint):
-    """Write a checkpoint that loads with weights_only=True."""
+    """Write a checkpoint, after checking that it loads: else a run would find out at its end, when all is lost."""
     buffer = io.BytesIO()  # because torch.save reports a full disk with a RuntimeError
     torch.save(checkpoint, buffer)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
+        file.flush()
+        load_checkpoint(file.name)
 
 
 def load_checkpoint(path):
     """Return a checkpoint that trainer.py wrote, as a dict, without executing anything that the file might hold.
 
-    Raises InputError if it is missing, damaged, or something else.
+    Raises InputError if it is missing, damaged, something else, or of another front end or network than the program's.
     """
+    name = str(path).removesuffix(".partial")
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint; trainer.py writes them")
+        raise InputError(f"{name}: no such checkpoint; trainer.py writes them")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
-            if damaged := archive.testzip():
-                raise InputError(f"its part {damaged} has a wrong checksum")
+            if part := archive.testzip():
+                raise InputError(f"its part {part} has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = dict(checkpoint["weights"])  # drops the metadata, where load_state_dict leaves assign=True
-        if "head.weight" not in weights:  # earlier versions called the head "top"
-            weights = {re.sub(r"^top\.", "head.", name): value for name, value in weights.items()}
-        checkpoint = {"seen_before": [], "made_with": ["an earlier version"], **checkpoint, "weights": weights}
-        with torch.device("meta"):
-            build_network(len(checkpoint["tag_names"])).load_state_dict(weights, assign=True)
+        trained = {"network": "MultiScaleCNN", **checkpoint["hyperparameters"]}  # earlier versions had no other
+        earlier = {"seen_before": [], "made_with": ["an earlier version"]}
+        checkpoint = {**earlier, **checkpoint, "weights": weights, "hyperparameters": trained}
+        front_end, n_tags, network = checkpoint["front_end"], len(checkpoint["tag_names"]), trained["network"]
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
-        fault = reason(error)[:100]
-        raise InputError(f"{path}: damaged, not trainer.py's, or of another model.py ({fault}); train again") from error
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        fault = unsafe and f"holds a {unsafe[1]}, which is not safe to load; store plain numbers, strings and tensors"
+        damaged = f"damaged, or not a checkpoint of trainer.py ({reason(error)[:100]}); train again"
+        raise InputError(f"{name}: {fault or damaged}") from error
+    require_front_end(front_end, name, "restore that, or train again")
+    try:
+        with torch.device("meta"):
+            build_network(n_tags, network).load_state_dict(weights, assign=True)
+    except (KeyError, RuntimeError) as error:
+        fault = "there is none" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: not model.py's {network}; each network needs its own name ({fault})") from error
     return checkpoint
+
+
+def cautions(checkpoint):
+    """Yield notes, a line each, on why a checkpoint that few clips or steps have made is not to be relied on."""
+    trained, clip_ids, epoch = checkpoint["hyperparameters"], checkpoint["clip_ids"], checkpoint["history"][-1]["epoch"]
+    n_steps = epoch * len(epoch_batches(clip_ids["train"], trained["batch_size"], trained["super_batch_size"]))
+    with torch.device("meta"):
+        layers = build_network(len(checkpoint["tag_names"]), trained["network"]).modules()
+    remains = max(((1 - layer.momentum) ** n_steps for layer in layers if getattr(layer, "momentum", None)), default=0)
+    if (n_clips := len(clip_ids["validation"])) < 30:
+        yield f"note: {n_clips} validation clips chose the epoch, mostly by chance: try a larger --validation-size"
+    if epoch == 0:
+        yield "note: epoch 0 was best: without --start-from, its tags are noise; lower the --learning-rate or add clips"
+    elif remains > 0.05 and not checkpoint["seen_before"]:  # at 4%, exact statistics gained nothing
+        averages = f"batch normalisation's running averages are {remains:.0%} their initial values"
+        yield f"note: at step {n_steps:,}, {averages}: scores may be low; try more --epochs or a smaller --batch-size"
 
 
 def load_network(checkpoint, device, precision="checkpoint"):
@@ -70,13 +99,13 @@ def load_network(checkpoint, device, precision="checkpoint"):
     if precision == "checkpoint":
         precision = trained.get("precision", "float32")
     dtype = prepare_device(device, precision, trained.get("tf32", True))
-    net = build_network(len(checkpoint["tag_names"]))
+    net = build_network(len(checkpoint["tag_names"]), trained["network"])
     net.load_state_dict(checkpoint["weights"])
     return net.eval().to(device, dtype, memory_format=torch.channels_last), precision
 
 
 def clips_seen(checkpoint):
-    """Return [(dump, clip_ids), ...] of `checkpoint` and of all that it started from, as in trainer.train."""
+    """Return [(dump, clip_ids), ...] of `checkpoint` and of all that it started from, as in trainer.py."""
     return [*checkpoint["seen_before"], (checkpoint["dump"], checkpoint["clip_ids"])]
 
 
@@ -92,10 +121,10 @@ def count_seen(ids, seen, dumps):
 def start_from(source, checkpoint, net):
     """Copy the weights of the checkpoint `source` into `net`, except the head's if the tags differ; say so.
 
-    `checkpoint` gets the clips that it has seen. Raises InputError if its spectrograms have a different front end.
+    `checkpoint` gets the clips that it has seen. Raises InputError if it is of another network.
     """
-    if source["front_end"] != checkpoint["front_end"]:
-        raise InputError("--start-from: that checkpoint's spectrograms were made with a different front end")
+    if (network := source["hyperparameters"]["network"]) != checkpoint["hyperparameters"]["network"]:
+        raise InputError(f"--start-from: that checkpoint is of another network; give --network {network}")
     checkpoint["seen_before"] = clips_seen(source)
     seen = count_seen(checkpoint["clip_ids"]["test"], checkpoint["seen_before"], [checkpoint["dump"]])
     if any(seen.values()):

@@ -8,11 +8,13 @@ import csv
 import ctypes
 import errno
 import functools
+import json
 import os
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_origin
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -42,6 +44,20 @@ Seed = number(int, 0, 2**32 - 1)  # those that numpy.random.RandomState takes
 
 class InputError(Exception):
     """Something that the user can put right; the message names the file and the remedy."""
+
+
+class FromPython:
+    """A base of Settings: strings do for paths, lists and values for tuples. Raises InputError for an unknown word."""
+
+    def __post_init__(self):
+        for name, kind, value in [(field.name, field.type, getattr(self, field.name)) for field in fields(self)]:
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise InputError(f"{name}={value!r}: must be one of {get_args(kind)}")
+            if value is not None:
+                make = Path if "pathlib" in str(kind) else lambda each: getattr(each, "item", lambda: each)()  # NumPy's
+                values = value if isinstance(value, (list, tuple)) else [value]
+                several = str(kind).startswith("tuple")
+                object.__setattr__(self, name, tuple(map(make, values)) if several else make(value))
 
 
 def run(main, to_continue="the same command resumes"):
@@ -160,6 +176,12 @@ def write_table(path, rows, **options):
     """Write `rows`, each a sequence of values, as a CSV file; `options` are those of csv.writer."""
     with whole_file(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, **options).writerows(rows)
+
+
+def write_json(path, content):
+    """Write `content` with null in place of NaN, which JSON does not have."""
+    with whole_file(path, "w", encoding="utf-8") as file:
+        json.dump(json.loads(json.dumps(content), parse_constant={"NaN": None}.__getitem__), file, indent=1)
 
 
 @contextlib.contextmanager

@@ -42,10 +42,7 @@ class Host:
     fault: str | None = None  # why a connection brought nothing; None: the host is untried
 
     def stream(self, whole, piece, position):
-        """Yield (chunk, bytes received) from `position` in the whole file until the piece ends, or the host fails.
-
-        After a failure, `fault` says why.
-        """
+        """Yield (chunk, bytes received) from `position` in the whole file to the piece's end, or until a `fault`."""
         self.fault = "it sent nothing"
         try:
             response, skip = self.ask(whole, piece, position)
@@ -131,10 +128,7 @@ def copy_part(output, piece):
 
 
 def complete(output, whole, piece, hosts):
-    """Append the rest of a piece to `output`, from the first host; one that fails becomes the last.
-
-    After all have failed there is a pause, ATTEMPTS times. Raises InputError after that.
-    """
+    """Append the rest of a piece from the first host; one that fails becomes the last. Raises InputError at the end."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))

@@ -19,13 +19,13 @@ from contextlib import ExitStack, suppress
 import numpy as np
 from joblib import cpu_count
 
-from lib.audio import N_FRAMES, N_MELS
-from lib.common import InputError, lock, progress, whole_file
+from lib.audio import N_FRAMES, N_MELS, require_front_end
+from lib.common import InputError, lock, progress, whole_file, write_json
 from tags import annotations_file
 
 CLIP_BYTES = N_MELS * N_FRAMES * 4
 MANIFEST = "dump.json"
-# Kept of each clip while its chunk is made. `crc32` is the clip's, XOR that of both texts, which only bad clips have
+# Kept of each clip while its chunk is made; only bad clips have texts
 RECORD = np.dtype([("crc32", "<u4"), ("outcome", "S6"), ("reason", "S200")])
 
 
@@ -62,11 +62,8 @@ class Chunk:
         return self.n_done() == len(self.rows) and self.has_all_bytes() and not self.partial.exists()
 
     def resume(self):
-        """Open the unfinished files; return the places of the clips that are still to be made, in order.
-
-        The caller holds the lock on the chunk's path.
-        """
-        expected = checksums(self.records())
+        """Open the unfinished files, which the caller has locked; return the places of the clips that are missing."""
+        expected = self.records()["crc32"]
         self.partial.touch()
         self.log.touch()
         self.clips, self.record = open(self.partial, "r+b"), open(self.log, "r+b")
@@ -88,7 +85,6 @@ class Chunk:
         clip = spectrogram.astype("<f4").tobytes()
         record = np.zeros(1, RECORD)
         record[0] = zlib.crc32(clip), outcome.encode(), " ".join(reason.split()).encode(errors="replace")
-        record["crc32"] = checksums(record)  # XOR with the texts' CRC-32 adds it here, and removes it when read
         self.clips.seek(len(self.header) + place * CLIP_BYTES)
         self.record.seek(place * RECORD.itemsize)
         for file, content in ((self.clips, clip), (self.record, record.tobytes())):
@@ -101,12 +97,6 @@ class Chunk:
             os.fsync(file.fileno())
             file.close()
         os.replace(self.partial, self.path)
-
-
-def checksums(records):
-    """Return the CRC-32 of each clip of `records`: (clips,) uint32; a wrong one if its record is damaged."""
-    texts = [zlib.crc32(record["outcome"] + record["reason"]) for record in records]
-    return records["crc32"] ^ np.array(texts, np.uint32)
 
 
 def divide(data, n_clips, n_chunks):
@@ -143,8 +133,7 @@ def read_manifest(data):
 
 
 def write_manifest(data, manifest):
-    with whole_file(data / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({**manifest, "checksum": checksum_of(manifest)}, file, indent=1)
+    write_json(data / MANIFEST, {**manifest, "checksum": checksum_of(manifest)})
 
 
 def checksum_of(manifest):
@@ -172,8 +161,11 @@ class Dump:
     def __init__(self, data):
         self.data, self.manifest = data, read_manifest(data)
         if not self.manifest.get("complete"):
-            raise InputError(f"{data}: no complete dump here; run gen_spectrograms.py --data {data}")
+            raise InputError(
+                f"{data}: no complete dump here; name another folder with --data, or run gen_spectrograms.py"
+            )
         self.front_end, self.synthetic = self.manifest["front_end"], self.manifest["synthetic"]
+        require_front_end(self.front_end, data, "restore that, or remake the dump with gen_spectrograms.py --overwrite")
         self.n_bad = self.manifest["outcomes"]["zero"]
         self.made_with = self.manifest.get("made_with", "librosa and soxr unknown")  # in a dump of an earlier version
         self.fingerprint = ",".join(sorted(self.manifest["crc32"].values()))
@@ -196,7 +188,7 @@ class Dump:
     def _load(self, name):
         path = self.data / name
         content = path.read_bytes() if path.exists() else b""
-        self._require(hex_crc32(content) == self.manifest["crc32"][name], path)
+        self._require(hex_crc32(content) == self.manifest["crc32"].get(name), path)
         return np.load(io.BytesIO(content), allow_pickle=False)
 
     def _require(self, intact, path):
@@ -209,7 +201,7 @@ class Dump:
         Returns, from the same pass, each clip's sums and sums of squares over frames: (2, clips, 128) float64.
         """
         rows = range(len(self)) if rows is None else rows
-        expected = self.checksums()
+        expected = self._load("checksums.npy")
 
         def band_sums(row):
             clip = self[row]
@@ -227,22 +219,12 @@ class Dump:
         with suppress(OSError, csv.Error), open(path, encoding="utf-8", errors="replace", newline="") as file:
             bad = {row[0]: row[2:] for row in csv.reader(file) if len(row) == 4}
         records = np.zeros(len(self), RECORD)
-        records["crc32"] = self.checksums()
+        records["crc32"] = self._load("checksums.npy")
         for record, clip in zip(records, self.ids.tolist()):
             record["outcome"], record["reason"] = (text.encode() for text in bad.get(str(clip), ("", "")))
         for outcome, n_clips in self.manifest["outcomes"].items():  # people edit tables
             self._require(np.sum(records["outcome"] == outcome.encode()) == n_clips, path)
-        records["crc32"] = checksums(records)  # adds the texts' part
         return records
-
-    def checksums(self):
-        """Return the CRC-32 of each clip: (clips,) uint32."""
-        if "checksums.npy" in self.manifest["crc32"]:
-            return self._load("checksums.npy")
-        for chunk, clips in zip(self.chunks, self.spectrograms):  # a dump of an earlier version has one for each file
-            crc = hex_crc32(clips, zlib.crc32(chunk.header))
-            self._require(crc == self.manifest["crc32"][chunk.path.name], chunk.path)
-        return np.array([zlib.crc32(clip) for clip in self], np.uint32)
 
     def note_on_table(self):
         """Return a note if the table of annotations is no longer that of the dump's tags, else ""."""

@@ -5,17 +5,19 @@ import dataclasses
 import itertools
 import json
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
 from lib.checkpoint import load_checkpoint, save
-from lib.common import InputError, lock, optional_picture, whole_file, write_table
+from lib.common import ROOT, InputError, lock, optional_picture, write_json, write_table
+from lib.dump import MANIFEST
 from lib.parallel import rank, world_size
 
 PLACE = {"data", "experiments", "name", "resume", "overwrite", "device"}  # settings that may differ in one experiment
 # What belongs to a checkpoint besides last.pt; those from results.json on are evaluate.py's
 OUTPUTS = "best.pt hyperparameters.json history.csv curves.png results.json per_tag.* correlations.png taggram_*.png"
-OUTPUTS += " predictions_*.csv worth_a_listen.csv comparison.* seeds.csv"
+OUTPUTS += " predictions_*.csv labels_*.csv worth_a_listen.csv comparison.* seeds.csv"
 SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, too long after short epochs
 
 
@@ -23,18 +25,25 @@ SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, too lo
 def claimed_folder(settings):
     """Hold the experiment's folder for this run alone; yield (folder, the checkpoint to resume from or None)."""
     folder = settings.experiments / settings.name
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "last.pt") if rank() == 0 else contextlib.nullcontext():
-        if world_size() > 1:
-            dist.barrier()  # the other processes read the folder only once it is locked
-        yield folder, saved_experiment(folder, settings)
+        try:
+            if world_size() > 1:
+                dist.barrier()  # the other processes read the folder only once it is locked
+            yield folder, saved_experiment(folder, settings)
+        finally:
+            if rank() == 0 and made and not (folder / "last.pt").exists():  # a failed start leaves no folder
+                with contextlib.suppress(OSError):
+                    for path in [*folder.glob(".last.pt.*.lock")]:
+                        path.unlink()
+                    for path in made:
+                        path.rmdir()
 
 
 def saved_experiment(folder, settings):
-    """Return the checkpoint to resume from, or None to begin.
-
-    Raises InputError if that would overwrite an experiment, or resume one with other hyperparameters.
-    """
+    """Return the checkpoint to resume from, or None to begin. Raises InputError if either would lose anything."""
     last, best = folder / "last.pt", folder / "best.pt"
     if settings.resume and settings.overwrite:
         raise InputError("--resume continues an experiment and --overwrite replaces it: give one of them")
@@ -73,8 +82,24 @@ def require_other_seeds(folders):
 
 
 def hyperparameters(settings):
-    """Return the settings in the form stored in JSON and in checkpoints."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    """Return the settings in the form stored in JSON and in checkpoints, with an absolute path of the data."""
+    return json.loads(json.dumps(dataclasses.asdict(settings) | {"data": settings.data.resolve()}, default=str))
+
+
+def saved_settings(settings):
+    """Return `settings` with the values in their experiment's last.pt, if there is one; of PLACE, only the data's."""
+    last = settings.experiments / settings.name / "last.pt"
+    if not last.exists():
+        return settings
+    then = load_checkpoint(last)["hyperparameters"]
+    found = {name: then.get(name, now) for name, now in vars(settings).items() if name not in PLACE}
+    return dataclasses.replace(settings, **found, data=data_folder(then))
+
+
+def data_folder(trained):
+    """Return the data folder of a checkpoint's hyperparameters or, if it is missing, this repository's with a dump."""
+    data, ours = Path(trained["data"]), ROOT / "data"
+    return ours if (ours / MANIFEST).exists() and not data.is_dir() else data
 
 
 def write_outputs(folder, checkpoint, is_last):
@@ -85,9 +110,10 @@ def write_outputs(folder, checkpoint, is_last):
             path.unlink()
     if history[-1]["best"]:
         save(folder / "best.pt", {name: value for name, value in checkpoint.items() if name != "continuation"})
-    with whole_file(folder / "hyperparameters.json", "w", encoding="utf-8") as file:
-        json.dump(checkpoint["hyperparameters"], file, indent=1)
-    write_table(folder / "history.csv", [history[0], *(row.values() for row in history)])
+    sizes = {f"{part}_size": len(ids) for part, ids in checkpoint["clip_ids"].items()}  # of what the settings led to
+    write_json(folder / "hyperparameters.json", checkpoint["hyperparameters"] | sizes)
+    names = dict.fromkeys(name for row in history for name in row)  # an epoch may have more than those before
+    write_table(folder / "history.csv", [names, *([row.get(name) for name in names] for row in history)])
     if is_last or not curves.exists() or time.time() - curves.stat().st_mtime > SECONDS_BETWEEN_PICTURES:
         with optional_picture(curves):
             from lib.figures import training_curves  # matplotlib takes a while to import

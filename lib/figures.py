@@ -62,7 +62,8 @@ def training_curves(path, history, synthetic=False):
         score_axes.set(ylabel="validation ROC-AUC", title=title + format_score(scores[chosen]))
         rate_axes.step(epochs, rates, where="mid", color=GREY)
         rate_axes.set(ylabel="learning rate", yscale="log", xlabel="epoch", xlim=(-0.5, epochs[-1] + 0.5))
-        rate_axes.set_yticks(np.unique(rates), [f"{rate:g}" for rate in np.unique(rates)])
+        ticks = np.unique(rates if len({*rates}) <= 5 else [rates[rates > 0].min(), rates.max()])
+        rate_axes.set_yticks(ticks, [f"{rate:.3g}" for rate in ticks])
         rate_axes.minorticks_off()
         rate_axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     return figure

@@ -30,8 +30,9 @@ def tag_files(settings, checkpoint_path):
         raise InputError("--csv: writes a table and nothing else; leave out --json and --taggram")
     folder = settings.output or checkpoint_path.parent  # of taggrams
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
-    if tagger.synthetic:
-        print("note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little", file=sys.stderr)
+    synthetic = "note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little"
+    for note in [synthetic] * tagger.synthetic + tagger.cautions:
+        print(note, file=sys.stderr)
     if settings.taggram:
         require_writable(folder, ELSEWHERE)
     files, n_others = audio_files(settings.tag)
@@ -111,10 +112,7 @@ def tag_library(table, tagger, checkpoint, files):
 
 
 def rows_to_keep(table, header, stamps, checkpoint):
-    """Return the table's rows, except a last one that was cut off and those of files whose `stamps` have changed.
-
-    Raises InputError if it is anything else, or has rows of another checkpoint.
-    """
+    """Return a table's rows, but a cut-off one and those with other `stamps`. Raises InputError for another table."""
     text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
     text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
     found, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))

@@ -9,30 +9,18 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 SCORES = {"roc_auc": roc_auc_score, "average_precision": average_precision_score}
 
 
 def of_each_tag(score, labels, probabilities):
-    """Return scikit-learn's function `score` of each tag over all clips at once: (tags,).
-
-    `labels` are 0 or 1, (clips, tags), like the probabilities.
-    """
+    """Return scikit-learn's `score` of each tag, (tags,), of (clips, tags) of labels, 0 or 1, and of probabilities."""
     columns = zip(labels.T, probabilities.T)
     return np.array([score(label, column) if np.ptp(label) else np.nan for label, column in columns])
 
 
-roc_auc = functools.partial(of_each_tag, roc_auc_score)  # of (labels, probabilities)
-
-
-def clip_roc_auc(labels, probabilities):
-    """Return each clip's ROC-AUC over its tags: (clips,), by the rank-sum formula of Mann and Whitney."""
-    positives = labels.sum(axis=1, dtype=float)
-    rank_sums = (rankdata(probabilities, axis=1) * labels).sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        return (rank_sums - positives * (positives + 1) / 2) / (positives * (labels.shape[1] - positives))
+roc_auc = functools.partial(of_each_tag, roc_auc_score)  # of (labels, probabilities); transposed, of each clip
 
 
 def precision_at(k, labels, probabilities):
@@ -90,17 +78,12 @@ def scores_of(labels, probabilities, groups, n_resamples, seed):
     `groups` has the name or number of each clip's group. With one group per track, the resamples vary as much
     as new samples of tracks would.
     """
-    weights = resample_weights(groups, n_resamples, seed)
+    names, groups = np.unique(groups, return_inverse=True)
+    drawn = np.random.default_rng(seed).integers(0, len(names), (n_resamples, len(names)))
+    weights = np.stack([np.bincount(row, minlength=len(names))[groups] for row in drawn]).astype(np.int32)
     of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, probabilities.T)]
     per_tag = [of_each_tag(score, labels, probabilities) for score in SCORES.values()]
     return Scores(np.array(per_tag), np.moveaxis(of_tags, 0, 2))
-
-
-def resample_weights(groups, n_resamples, seed):
-    """Return how often each clip is in each resample: (resamples, clips) int32."""
-    names, groups = np.unique(groups, return_inverse=True)
-    drawn = np.random.default_rng(seed).integers(0, len(names), (n_resamples, len(names)))
-    return np.stack([np.bincount(row, minlength=len(names))[groups] for row in drawn]).astype(np.int32)
 
 
 def weighted_scores(label, scores, weights):

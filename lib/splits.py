@@ -37,18 +37,21 @@ def divide_clips(settings, dump, labels, rng):
 
 
 def split_sizes(n_clips, train_size, validation_size):
-    """Return (train, validation) sizes: those given or, for the paper's on a smaller data set, the same proportions.
-
-    Raises InputError if they leave no clip for the test.
-    """
-    n_papers = sum(PAPER_SIZES)
-    if (train_size, validation_size) == PAPER_SIZES[:2] and 3 <= n_clips < n_papers:
-        print(f"note: {n_clips:,} clips are fewer than the paper's {n_papers:,}; divided in the same proportions")
-        validation_size = max(1, round(n_clips * validation_size / n_papers))
-        train_size = min(round(n_clips * train_size / n_papers), n_clips - validation_size - 1)
-    elif n_clips <= train_size + validation_size:
-        wanted = f"--train-size {train_size:,} and --validation-size {validation_size:,}"
-        raise InputError(f"{wanted}: leave none of {n_clips:,} clips for the test; choose smaller ones")
+    """Return (train, validation) sizes; fewer clips keep the paper's proportions. Raises InputError for empty parts."""
+    given, free, rest = [], sum(PAPER_SIZES), n_clips  # sizes in words; the paper's clips of the others, and ours
+    for part, size, papers in zip(("train", "validation"), (train_size, validation_size), PAPER_SIZES):
+        if size != papers:
+            given.append(f"--{part}-size {size:,}")
+            free, rest = free - papers, rest - size
+    fits = n_clips > train_size + validation_size if given else n_clips >= sum(PAPER_SIZES)
+    if not fits and len(given) < 2:
+        print(f"note: {n_clips:,} clips are too few for the paper's sizes; those not given keep its proportions")
+        if validation_size == PAPER_SIZES[1]:
+            validation_size = max(1, round(rest * validation_size / free))
+        if train_size == PAPER_SIZES[0]:
+            train_size = min(round(rest * train_size / free), n_clips - validation_size - 1)
+    if not 0 < train_size < n_clips - validation_size:
+        raise InputError(f"{' and '.join(given) or 'the split'}: leaves too few of {n_clips:,} clips; choose fewer")
     return train_size, validation_size
 
 

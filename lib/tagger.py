@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.audio import AUDIO_EXTENSIONS, CLIP_SAMPLES, CLIP_SAMPLES_READ, FRONT_END, HOP_LENGTH, load, log_mel, resample
-from lib.checkpoint import load_checkpoint, load_network
+from lib.audio import AUDIO_EXTENSIONS, CLIP_SAMPLES, CLIP_SAMPLES_READ, HOP_LENGTH, load, log_mel, resample
+from lib.checkpoint import cautions, load_checkpoint, load_network
 from lib.common import InputError
 from lib.loader import to_probabilities
 from lib.parallel import autocast, choose_device
@@ -25,9 +25,8 @@ class Tagger:
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
         checkpoint = load_checkpoint(checkpoint_path)
-        if checkpoint["front_end"] != FRONT_END:
-            raise InputError(f"{checkpoint_path}: trained on spectrograms of a different front end; train again")
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
+        self.cautions = [*cautions(checkpoint)]
         self.device = choose_device(device)
         self.net, self.precision = load_network(checkpoint, self.device, precision)
         self.mean, self.std = (checkpoint["normalization"][name].numpy()[:, None] for name in ("mean", "std"))

@@ -12,11 +12,21 @@ import socket
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from conftest import ROOT
+import evaluate
+import gen_spectrograms
+import get_data
+import tags
+import trainer
+from conftest import ROOT, SmallNetwork, write_dump
 from lib import common
+from lib.common import InputError
+from lib.experiment import hyperparameters
+from model import NETWORKS
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,8 @@ def test_an_option_that_is_none_and_a_value_of_another_type_are_named(option, ca
 def test_help_says_what_each_switch_does(script, call_script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     help_text = " ".join(call_script(f"{script}.py", "--help").stdout.split())
-    assert f"(default: {ROOT / 'data'})" in help_text, "wherever it is started"
+    if script != "evaluate":
+        assert f"(default: {ROOT / 'data'})" in help_text, "wherever it is started"
     for field in dataclasses.fields(importlib.import_module(script).Settings):
         name = field.name.replace("_", "-")
         assert f"--{name}, --no-{name}" in help_text if isinstance(field.default, bool) else f"--{name} " in help_text
@@ -52,6 +63,37 @@ def test_a_closed_output_is_no_traceback(tmp_path):
     command = f"{sys.executable} {ROOT}/tags.py --data {tmp_path} >&-"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_settings_from_python_may_be_strings_and_lists():
+    settings = evaluate.Settings(name="mine", tag=["a", Path("b")], csv="c")
+    assert settings == evaluate.Settings(name=("mine",), tag=(Path("a"), Path("b")), csv=Path("c"))
+    assert trainer.Settings(data="d", drop_after=[1, 2]) == trainer.Settings(data=Path("d"), drop_after=(1, 2))
+    assert trainer.Settings().start_from is None
+    settings = trainer.Settings(batch_size=np.int64(2), learning_rate=np.float64(0.1), drop_after=[np.int64(1)])
+    assert hyperparameters(settings) == hyperparameters(
+        trainer.Settings(batch_size=2, learning_rate=0.1, drop_after=[1])
+    )
+    with pytest.raises(InputError, match="^split='artists': must be one of .*'artist'"):
+        trainer.Settings(split="artists")
+
+
+def test_every_script_takes_settings_from_python(tmp_path, capsys, monkeypatch):
+    """As in a notebook, whose own command line is something else."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "kernel.json"])
+    monkeypatch.setitem(NETWORKS, "MultiScaleCNN", SmallNetwork)
+    write_dump(tmp_path, 40)
+    place = dict(data=str(tmp_path), experiments=str(tmp_path), device="cpu")
+    tags.main(tags.Settings(data=str(tmp_path), n_tags=2))
+    assert "the 2 that training would use" in capsys.readouterr().out
+    gen_spectrograms.main(gen_spectrograms.Settings(data=str(tmp_path), n_chunks=3))
+    assert "40 spectrograms" in capsys.readouterr().out
+    scores = trainer.train(trainer.Settings(**place, epochs=0))
+    assert f"(epoch 0), test ROC-AUC {scores['test_roc_auc']:.4f}" in capsys.readouterr().out
+    evaluate.main(evaluate.Settings(**place, resamples=9, baseline=False))
+    assert "\ntest, 9 clips\n" in capsys.readouterr().out
+    with pytest.raises(InputError, match="begin with http"):
+        get_data.main(get_data.Settings(data=str(tmp_path), hosts="nowhere"))
 
 
 def test_a_notebooks_output_is_good_enough(monkeypatch):

@@ -14,15 +14,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import evaluate
-from conftest import write_clip_info, write_dump
+from conftest import SmallNetwork, write_clip_info, write_dump
 from lib import scores
 from lib.audio import FRONT_END
 from lib.baseline import baseline_predictions, names_only_predictions, origins_of, repeatability
-from lib.checkpoint import load_checkpoint, load_network, save
+from lib.checkpoint import cautions, load_checkpoint, load_network
 from lib.common import InputError
 from lib.dump import Dump
 from lib.parallel import autocast
-from model import MultiScaleCNN, initialize
+from model import NETWORKS, FeatureBatchNorm, MultiScaleCNN, initialize
 from tags import ClipInfo
 
 
@@ -30,21 +30,25 @@ def ids_of(**parts):
     return {part: torch.arange(*ends) for part, ends in parts.items()}
 
 
+HYPERPARAMETERS = {"split": "random", "n_tags": 50, "merge_tags": True, "batch_size": 32, "super_batch_size": 3000}
+
+
 def make_checkpoint(path, n_tags=3, seed=0, **changes):
-    net = MultiScaleCNN(n_tags)
+    name = changes.get("hyperparameters", {}).get("network", "MultiScaleCNN")
+    net = NETWORKS.get(name, MultiScaleCNN)(n_tags)
     initialize(net, np.random.RandomState(seed))
     checkpoint = {
         "weights": net.state_dict(),
         "tag_names": ["slow", "guitar", "flute"][:n_tags],
         "normalization": {"mean": torch.full((128,), -5.0), "std": torch.full((128,), 3.0)},
         "front_end": FRONT_END,
-        "hyperparameters": {"split": "random", "n_tags": 50, "merge_tags": True},
+        "hyperparameters": HYPERPARAMETERS,
         "clip_ids": ids_of(train=(101, 121), validation=(121, 130), test=(130, 141)),
         "history": [{"epoch": 0, "learning_rate": 0.1, "loss": None, "validation_roc_auc": 0.5, "best": True}],
         "dump": "",
         "synthetic": True,
     }
-    save(path, {**checkpoint, **changes})
+    torch.save({**checkpoint, **changes}, path)
     return path
 
 
@@ -68,6 +72,7 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     done = call_script("evaluate.py", *arguments)
     assert "validation, 9 clips" in done.stdout and "test, 11 clips" in done.stdout
     assert "SYNTHETIC" in done.stdout and "--other-data" not in done.stdout
+    assert "\nnote: 9 validation clips chose" in done.stdout and "\nnote: epoch 0 was best" in done.stdout
     results = json.loads((evaluated / "results.json").read_text())
     labels = np.load(evaluated / "tags.npy")[29:, [2, 0, 1]]
     net = load_network(load_checkpoint(evaluated / "best.pt"), torch.device("cpu"))[0]
@@ -100,6 +105,13 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
         f" network - baseline ROC-AUC {of(baseline['network_minus_baseline']['roc_auc'])}",
     ):
         assert line in printed
+    for name, expected in (("predictions", probabilities), ("labels", labels)):
+        header, *rows = csv.reader((evaluated / f"{name}_test.csv").open())
+        assert header == ["clip_id", "mp3_path", "slow", "guitar", "flute"]
+        assert [row[:2] for row in rows] == [
+            [str(clip), f"{'09cdf'[clip % 5 - 1]}/{clip - 101}.mp3"] for clip in range(130, 141)
+        ]
+        assert np.allclose([[float(value) for value in row[2:]] for row in rows], expected, atol=1e-6)
     found = re.findall(r"^(slow|guitar|flute) +(\d+) \(.*?%\) +([\d.]+) .*?\] +([\d.]+) ", done.stdout, re.MULTILINE)
     best_first = sorted(test["tags"], key=lambda row: -row["roc_auc"])
     shown = ("{tag} {positives} {roc_auc:.3f} {average_precision:.3f}".format_map(row) for row in best_first)
@@ -274,6 +286,22 @@ def test_a_tag_that_never_varies_in_training_has_a_constant_baseline():
     assert np.ptp(found[:, 0]) > 0 and (found[:, 1] == 0).all()
 
 
+def test_two_networks_are_compared_each_as_it_was_trained(evaluated, call_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "small", SmallNetwork)
+    scores = {}
+    for name, network in (("one", "MultiScaleCNN"), ("two", "small")):
+        (tmp_path / name).mkdir()
+        made = {"dump": Dump(evaluated).fingerprint, "hyperparameters": HYPERPARAMETERS | {"network": network}}
+        path = make_checkpoint(tmp_path / name / "best.pt", **made)
+        evaluation = evaluate.Evaluation(evaluate.Settings(data=evaluated, device="cpu"), path)
+        rows = evaluation.rows["test"]
+        scores[name] = roc_auc_score(evaluation.labels[rows], evaluation.predict(rows))
+    assert isinstance(load_network(load_checkpoint(path), torch.device("cpu"))[0], SmallNetwork)
+    arguments = ["--device", "cpu", "--experiments", tmp_path, "--data", evaluated, "--resamples", 9]
+    printed = call_script("evaluate.py", *arguments, "--name", "one", "--against", "two").stdout
+    assert f"one - two, 11 test clips of both\n  ROC-AUC            {scores['one'] - scores['two']:.4f} [" in printed
+
+
 def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, call_script, tmp_path):
     fingerprint = Dump(evaluated).fingerprint
     for name in ("one", "same", "seen"):
@@ -336,16 +364,17 @@ def test_what_a_checkpoint_started_from_has_seen_is_never_forgotten(evaluated, c
     assert "is not the dump of both checkpoints" in note and f"note: {note}\n" in printed
 
 
-def test_several_seeds_are_one_experiment(evaluated, call_script, tmp_path):
+def test_several_seeds_are_one_experiment(evaluated, call_script, tmp_path, monkeypatch):
     """Mean and deviation of every score of three evaluations; each evaluation is the one that it is alone."""
     place = ["--data", evaluated, "--experiments", tmp_path, "--device", "cpu", "--resamples", 9]
     names, found = ["one", "two", "three"], {}
+    monkeypatch.setitem(NETWORKS, "MultiScaleCNN", SmallNetwork)
     for seed, name in enumerate(names):
         (tmp_path / name).mkdir()
         settings = {"seed": seed, "name": name, "split_seed": seed or None}
         made = {"dump": Dump(evaluated).fingerprint, "made_with": [f"commit {min(seed, 1)}"]}
         for best_or_last, epochs in (("best.pt", 30 + seed), ("last.pt", 40)):
-            hyperparameters = {**settings, "epochs": epochs}
+            hyperparameters = {**HYPERPARAMETERS, **settings, "epochs": epochs}
             make_checkpoint(tmp_path / name / best_or_last, seed=seed, hyperparameters=hyperparameters, **made)
         call_script("evaluate.py", *place, "--name", name)
         found[name] = json.loads((tmp_path / f"{name}/results.json").read_text())
@@ -385,7 +414,7 @@ def test_several_seeds_are_one_experiment(evaluated, call_script, tmp_path):
 
 
 def test_experiments_that_differ_in_more_than_their_seeds_are_no_seeds_of_one(evaluated, call_script, tmp_path):
-    own = {"seed": 1, "epochs": 40, "split": "random"}
+    own = {**HYPERPARAMETERS, "seed": 1, "epochs": 40}
     for name, settings, clip_ids in (
         ("one", {}, {}),
         ("same_seed", {}, {}),
@@ -441,7 +470,8 @@ def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, v
     evaluate.print_part("test", {**part, "seen_before": 0, "seen_before_by_id": 0, **rivals})
     printed = capsys.readouterr().out
     for rival in ("a logistic regression", "the labels of artist and album"):
-        assert (f"not clearly better than {rival}" in printed) == (low < 0)
+        assert (f": not clearly better than {rival}" in printed) == (low < 0 < high)
+        assert (f": clearly worse than {rival}" in printed) == (high < 0)
 
 
 def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp_path):
@@ -473,7 +503,7 @@ def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp
     [({"precision": "bfloat16"}, "checkpoint", "bfloat16"), ({"precision": "bfloat16"}, "float32", "float32")],
 )
 def test_the_network_computes_in_the_checkpoints_precision(hyperparameters, asked, expected, evaluated, tmp_path):
-    path = make_checkpoint(tmp_path / "best.pt", hyperparameters=hyperparameters)
+    path = make_checkpoint(tmp_path / "best.pt", hyperparameters=HYPERPARAMETERS | hyperparameters)
     settings = evaluate.Settings(data=evaluated, precision=asked, batch_size=4, device="cpu", other_data=True)
     evaluation = evaluate.Evaluation(settings, path)
     found, checkpoint, device = evaluation.predict(np.arange(3)), evaluation.checkpoint, torch.device("cpu")
@@ -489,6 +519,28 @@ def test_the_network_computes_in_the_checkpoints_precision(hyperparameters, aske
     tagger = evaluate.Tagger(path, "cpu", asked)
     tagger.spectrograms = lambda clips: clips.to(getattr(torch, expected))
     assert np.array_equal(found, tagger.probabilities(spectrograms))
+
+
+def test_few_clips_and_few_steps_are_said(monkeypatch):
+    """Of 20 training clips in batches of 2, none across a super-batch of 5: 3 + 3 + 3 + 3 = 12 steps an epoch."""
+    trained = HYPERPARAMETERS | {"network": "MultiScaleCNN", "batch_size": 2, "super_batch_size": 5}
+    checkpoint = {"tag_names": ["slow"], "hyperparameters": trained, "seen_before": []}
+    for epoch, n_validation, n_said, words in (
+        (25, 30, 0, []),  # 0.99 ** 300 is 4.9%
+        (24, 30, 1, ["at step 288", "running averages are 6%"]),
+        (0, 30, 1, ["epoch 0 was best", "its tags are noise", "lower the --learning-rate"]),
+        (25, 29, 1, ["29 validation clips", "by chance", "larger --validation-size"]),
+        (5, 5, 2, ["at step 60", "are 55%", "5 validation clips"]),
+    ):
+        parts = {"clip_ids": ids_of(train=(0, 20), validation=(20, 20 + n_validation)), "history": [{"epoch": epoch}]}
+        said = [*cautions({**checkpoint, **parts})]
+        assert len(said) == n_said and all(word in " ".join(said) for word in words)
+        assert all(line.startswith("note: ") for line in said)
+    assert len([*cautions({**checkpoint, **parts, "seen_before": ["another"]})]) == 1, "its averages began elsewhere"
+    slower, faster = FeatureBatchNorm(2, momentum=0.01), torch.nn.BatchNorm2d(2, momentum=0.1)
+    for layers, n_said in (([slower], 2), ([slower, faster], 2), ([faster], 1), ([torch.nn.ReLU()], 1)):
+        monkeypatch.setitem(NETWORKS, "MultiScaleCNN", lambda _: torch.nn.Sequential(*layers))
+        assert len([*cautions({**checkpoint, **parts})]) == n_said, layers
 
 
 class Payload:
@@ -507,20 +559,29 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(tmp_path):
     torch.save({"weights": Payload(victim)}, tmp_path / "payload.pt")
     torch.save({"model": torch.zeros(3)}, tmp_path / "other.pt")
     make_checkpoint(tmp_path / "network.pt", tag_names=["slow", "guitar"])
+    make_checkpoint(tmp_path / "unknown.pt", hyperparameters={"network": "AnotherCNN"})
+    make_checkpoint(tmp_path / "front_end.pt", weights={}, front_end=FRONT_END | {"n_mels": 96})
     cases = {
-        "truncated": good[: len(good) // 2],
-        "flipped": bytes(flipped),
-        "pickle": pickle.dumps(Payload(victim)),
-        "payload": (tmp_path / "payload.pt").read_bytes(),
-        "other": (tmp_path / "other.pt").read_bytes(),
-        "weights of another network": (tmp_path / "network.pt").read_bytes(),
+        "truncated": (good[: len(good) // 2], "damaged, or not a checkpoint of trainer.py"),
+        "flipped": (bytes(flipped), "damaged, .*wrong checksum"),
+        "pickle": (pickle.dumps(Payload(victim)), "damaged, or not a checkpoint of trainer.py"),
+        "payload": ((tmp_path / "payload.pt").read_bytes(), "holds a _?io.open, which is not safe to load"),
+        "other": ((tmp_path / "other.pt").read_bytes(), "damaged, or not a checkpoint of trainer.py"),
+        "changed": (
+            (tmp_path / "network.pt").read_bytes(),
+            "not model.py's MultiScaleCNN; each network needs its own name .*size mismatch",
+        ),
+        "unknown": ((tmp_path / "unknown.pt").read_bytes(), "not model.py's AnotherCNN; .*there is none"),
+        "front end": (
+            (tmp_path / "front_end.pt").read_bytes(),
+            "made with a different front end from lib/audio.py's: n_mels \\(96 against 128\\); restore that, or train",
+        ),
     }
-    for name, content in cases.items():
+    for name, (content, said) in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: damaged") as error:
+        with pytest.raises(InputError, match=f"{name}: {said}") as error:
             load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value)
-    assert "size mismatch" in str(error.value) or "state_dict" in str(error.value)
     assert not victim.exists()
 
 

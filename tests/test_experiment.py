@@ -80,10 +80,11 @@ def test_the_trainer_does_what_a_plain_loop_does(dump, tmp_path, capsys, normali
     settings = Settings(
         data=dump.data, train_size=TRAIN, validation_size=VALIDATION, normalize_on=normalize_on, drop_after=(1, 2),
         epochs=n_epochs, batch_size=2, super_batch_size=5, seed=seed, precision="float64",
+        experiments=str(tmp_path), name="one", device="cpu",
     )  # fmt: skip
-    trainer.train(settings, dump, torch.device("cpu"), tmp_path)
+    found = trainer.train(settings)
 
-    saved = {name: load_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt")}
+    saved = {name: load_checkpoint(tmp_path / "one" / name) for name in ("best.pt", "last.pt")}
     history = saved["last.pt"]["history"]
     assert [row["epoch"] for row in history] == list(range(n_epochs + 1))
     assert [row["learning_rate"] for row in history[1:]] == pytest.approx(list(RATES.values())[:n_epochs])
@@ -98,6 +99,13 @@ def test_the_trainer_does_what_a_plain_loop_does(dump, tmp_path, capsys, normali
         assert np.allclose(checkpoint["normalization"]["std"], expected.std, atol=1e-6)
     best = f"best validation ROC-AUC {expected.scores[chosen_epoch]:.4f} (epoch {chosen_epoch})"
     assert f"{best}, test ROC-AUC {expected.test_score:.4f}" in capsys.readouterr().out
+    assert found == pytest.approx(
+        {
+            "epoch": chosen_epoch,
+            "validation_roc_auc": expected.scores[chosen_epoch],
+            "test_roc_auc": expected.test_score,
+        }
+    )
     (adam,) = saved["last.pt"]["continuation"]["optimizer"]["param_groups"]
     assert (adam["betas"], adam["eps"], adam["weight_decay"], adam["amsgrad"]) == ((0.9, 0.999), 1e-8, 0, False)
     assert adam["lr"] == pytest.approx(RATES[n_epochs]), "Adam has the last epoch's learning rate"

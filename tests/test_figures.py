@@ -40,6 +40,20 @@ def test_training_curves_show_the_history_and_mark_the_chosen_epoch(tmp_path):
     assert curve.get_xydata().tolist() == [[1, 0.8], [2, 0.9], [3, 0.7]] and star.get_xydata().tolist() == [[2, 0.9]]
 
 
+def test_a_learning_rate_has_its_own_tick_if_there_are_few(tmp_path):
+    for rates, own in (
+        ([0.01, 0.01, 0.001], ["0.001", "0.01"]),
+        ([0.3, 0.25, 0.2, 0.15, 0.1, 0.0200001, 0], ["0.02", "0.3"]),
+    ):
+        history = [
+            dict(epoch=n, loss=1.0, validation_roc_auc=0.5, learning_rate=x, best=not n) for n, x in enumerate(rates)
+        ]
+        rate_axes = axes_of(figures.training_curves, tmp_path, history)[2]
+        assert names(rate_axes.yaxis) == own and rate_axes.get_yticks().tolist() == pytest.approx(
+            [*map(float, own)], rel=1e-4
+        )
+
+
 def test_each_tag_has_its_score_its_interval_and_its_prevalence_best_first(tmp_path):
     score_axes, bar_axes = axes_of(figures.per_tag_roc_auc, tmp_path, BEST_FIRST[::-1])
     assert names(score_axes.yaxis) == [row["tag"] for row in BEST_FIRST]

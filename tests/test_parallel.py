@@ -58,9 +58,11 @@ def test_only_rank_0_reads_the_whole_dump(small, tmp_path, monkeypatch):
     passed_on = np.full(128, -5, np.float32), np.full(128, 3, np.float32)
     monkeypatch.setattr(trainer, "from_rank_0", lambda compute: passed_on)  # as in the others
     monkeypatch.setattr(Dump, "verify", lambda dump: pytest.fail("it read the dump"))
-    settings = trainer.Settings(data=small, train_size=2, validation_size=1, epochs=0)
-    trainer.train(settings, Dump(small), torch.device("cpu"), tmp_path)
-    normalization = load_checkpoint(tmp_path / "best.pt")["normalization"]
+    settings = trainer.Settings(
+        data=small, train_size=2, validation_size=1, epochs=0, device="cpu", experiments=tmp_path
+    )
+    trainer.train(settings)
+    normalization = load_checkpoint(tmp_path / "paper/best.pt")["normalization"]
     assert np.array_equal([normalization["mean"], normalization["std"]], passed_on)
 
 
@@ -71,9 +73,10 @@ def test_an_error_of_all_processes_is_printed_once(small, tmp_path):
         file.seek(1000)
         file.write(b"anything")
     sizes = ["--train-size", 4, "--validation-size", 1]
-    command = [*TORCHRUN, "trainer.py", "--data", damaged, *TINY, *sizes, "--experiments", tmp_path]
+    command = [*TORCHRUN, "trainer.py", "--data", damaged, *TINY, *sizes, "--experiments", tmp_path / "experiments"]
     pair = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert pair.returncode == 1 and pair.stderr.count("error: ") == 1
+    assert not (tmp_path / "experiments").exists()
     assert "spectrograms_1.npy: missing, damaged" in pair.stderr and 'trainer.py", line' not in pair.stderr
 
 

@@ -119,7 +119,7 @@ def test_a_resample_without_positives_has_no_score():
 def test_what_a_listener_sees_by_hand():
     labels = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
     probabilities = np.array([[0.9, 0.8, 0.1, 0.7], [0.5, 0.1, 0.2, 0.3], [0.4, 0.4, 0.1, 0.6]])
-    auc = scores.clip_roc_auc(labels, probabilities)
+    auc = scores.roc_auc(labels.T, probabilities.T)
     assert auc[0] == 0.75 and np.isnan(auc[1]) and auc[2] == 0.5
     assert scores.precision_at(1, labels, probabilities)[[0, 2]].tolist() == [1, 0]
     assert np.allclose(scores.precision_at(3, labels, probabilities)[[0, 2]], [2 / 3, 1 / 3])

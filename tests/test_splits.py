@@ -129,11 +129,21 @@ def test_the_papers_sizes_on_a_smaller_data_set_keep_their_proportions(capsys):
     assert split_sizes(20, 8, 3) == (8, 3)
     assert capsys.readouterr().out == ""
     assert split_sizes(2586, 18000, 2000) == (1800, 200)
-    assert "same proportions" in capsys.readouterr().out
+    assert "2,586 clips are too few for the paper's" in capsys.readouterr().out
     assert split_sizes(20001, 18000, 2000) == (13920, 1547), "4,534 clips for the test, not 1"
     assert split_sizes(3, 18000, 2000) == (1, 1)
-    for n_clips, *sizes in ((2, 18000, 2000), (25863, 20000, 5863), (20, 17, 3), (20, 30, 3)):
-        with pytest.raises(InputError, match="--train-size .* choose smaller ones"):
+    assert split_sizes(60, 40, 2000) == (40, 5), "20 clips as 2,000 to 5,863"
+    assert split_sizes(60, 18000, 15) == (34, 15), "45 clips as 18,000 to 5,863"
+    assert split_sizes(26000, 20000, 2000) == (20000, 2000)
+    assert split_sizes(10000, 5000, 2000) == (5000, 2000) and split_sizes(20500, 18000, 1000) == (18000, 1000)
+    for n_clips, *sizes, named in (
+        (2, 18000, 2000, "the split"),
+        (25863, 20000, 5863, "--train-size 20,000 and --validation-size 5,863"),
+        (20, 17, 3, "--train-size 17 and --validation-size 3"),
+        (60, 59, 2000, "--train-size 59"),
+        (60, 18000, 59, "--validation-size 59"),
+    ):
+        with pytest.raises(InputError, match=f"^{named}: leaves too few of {n_clips:,} clips"):
             split_sizes(n_clips, *sizes)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +20,13 @@ import pytest
 import torch
 
 import evaluate
-from conftest import ROOT, write_dump
+from conftest import ROOT, SmallNetwork, write_dump
 from evaluate import clips_of
 from lib.checkpoint import load_checkpoint, made_with, save
 from lib.common import InputError, lock
 from lib.dump import Dump, same_clips
-from lib.experiment import PLACE, require_same
+from lib.experiment import PLACE, require_same, write_outputs
+from model import NETWORKS, MultiScaleCNN
 from trainer import Settings
 
 TINY = "--device cpu --epochs 3 --train-size 8 --validation-size 3 --batch-size 2 --super-batch-size 5".split()
@@ -61,10 +63,11 @@ def test_what_an_experiment_leaves(uninterrupted, small):
     assert [row["epoch"] for row in history] == ["0", "1", "2", "3"]
     scores = [row["validation_roc_auc"] for row in load_checkpoint(folder / "last.pt")["history"]]
     assert [float(row["validation_roc_auc"]) for row in history] == scores
-    assert json.loads((folder / "hyperparameters.json").read_text())["batch_size"] == 2
+    settings = json.loads((folder / "hyperparameters.json").read_text())
+    assert [settings[name] for name in ("batch_size", "train_size", "validation_size", "test_size")] == [2, 8, 3, 9]
     best = load_checkpoint(folder / "best.pt")
     assert printed.endswith("nothing published to compare with: other clips, tags or split, or fine-tuned\n")
-    assert "all there are; 50 were asked for" in printed
+    assert "all there are; 50 were asked for" in printed and "\nnote: 3 validation clips chose" in printed
     dump = Dump(small)
     assert sorted(torch.cat(list(best["clip_ids"].values())).tolist()) == sorted(dump.ids.tolist())
     assert best["front_end"] == dump.front_end and best["tag_names"] == ["slow", "guitar", "flute"]
@@ -142,6 +145,44 @@ def test_killed_and_resumed_is_bit_identical(uninterrupted, small, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "paper" / name).read_bytes(), name
 
 
+def test_the_settings_of_an_experiment_need_not_be_repeated(small, tmp_path, call_script, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "MultiScaleCNN", SmallNetwork)
+    experiments = "--experiments", tmp_path / "experiments", "--device", "cpu"
+    resume = "trainer.py", *experiments, "--name", "mine", "--resume"
+    evaluated = "evaluate.py", *experiments, "--name", "mine", "--resamples", 9
+    monkeypatch.chdir(small.parent)
+    begin = *experiments, "--data", small.name, "--epochs", 3, "--batch-size", 2, "--drop-after", 2
+    printed = call_script("trainer.py", *begin, "--name", "mine").stdout
+    assert "epoch   1" in call_script("trainer.py", *begin, "--name", "new", "--resume").stdout
+    monkeypatch.chdir(tmp_path)
+    done = call_script(*resume).stdout
+    assert f"data       {small}\n" in done and done.splitlines()[-2:] == printed.splitlines()[-2:]
+    assert "epoch   4" in call_script(*resume, "--epochs", 4, "--train-size", 14).stdout, "the size that it had"
+    error = call_script(*resume, "--batch-size", 3, "--epochs", 5, status=1).stderr
+    assert error.endswith("resumes only as it began, and this differs: batch_size (2 against 3)\n")
+    assert "test, 4 clips" in call_script(*evaluated).stdout
+
+    for name in ("best.pt", "last.pt"):
+        moved = load_checkpoint(tmp_path / "experiments/mine" / name)
+        moved["hyperparameters"]["data"] = str(tmp_path / "elsewhere")
+        save(tmp_path / "experiments/mine" / name, moved)
+    monkeypatch.setattr("lib.experiment.ROOT", tmp_path)
+    for command in (resume, evaluated):
+        error = f"error: {tmp_path / 'elsewhere'}: no complete dump here; name another folder with --data"
+        assert call_script(*command, status=1).stderr.startswith(error)
+        assert call_script(*command, "--data", small).returncode == 0
+    (tmp_path / "data").symlink_to(small)
+    assert "test, 4 clips" in call_script(*evaluated).stdout, "on another machine, the data are in the usual place"
+
+
+def test_an_epoch_may_have_more_to_report_than_those_before(uninterrupted, tmp_path):
+    checkpoint = load_checkpoint(uninterrupted[0] / "last.pt")
+    checkpoint["history"][-1]["norm"] = 0.5
+    write_outputs(tmp_path, checkpoint, is_last=False)
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [row["norm"] for row in rows] == ["", "", "", "0.5"] and [row["epoch"] for row in rows] == list("0123")
+
+
 def test_resuming_with_other_hyperparameters_or_data_is_refused(uninterrupted, small, tmp_path, call_script):
     folder, _ = uninterrupted
     arguments = ["--experiments", folder.parent, *TINY, "--resume"]
@@ -182,6 +223,7 @@ def contents(folder):
 def test_nothing_is_deleted_before_everything_is_checked(uninterrupted, small, tmp_path, call_script):
     folder = shutil.copytree(uninterrupted[0], tmp_path / "paper")
     (folder / "results.json").write_text("{}")
+    (folder / "labels_test.csv").write_text("")
     before = contents(folder)
     arguments = ["--experiments", tmp_path, *TINY, "--overwrite"]
     for wrong in (
@@ -192,10 +234,12 @@ def test_nothing_is_deleted_before_everything_is_checked(uninterrupted, small, t
     ):
         call_script("trainer.py", *arguments, *wrong, status=(1, 2))
         assert contents(folder) == before, wrong
-    call_script("trainer.py", *arguments, "--name", "typo", "--data", tmp_path / "typo", status=1)
-    assert not (tmp_path / "typo").exists(), "a typo leaves no folder"
+    for wrong in (["--data", tmp_path / "typo"], ["--data", small, "--train-size", 99]):
+        call_script("trainer.py", *arguments, "--name", "typo/typo", *wrong, status=1)
+        assert not (tmp_path / "typo").exists(), "a failed start leaves no folder"
     call_script("trainer.py", "--data", small, *arguments, "--epochs", 0)
-    assert not (folder / "results.json").exists(), "it described the old experiment"
+    for name in ("results.json", "labels_test.csv"):
+        assert not (folder / name).exists(), "it described the old experiment"
     assert [len(load_checkpoint(folder / name)["history"]) for name in ("best.pt", "last.pt")] == [1, 1]
 
 
@@ -212,6 +256,26 @@ def test_half_an_experiment_is_neither_overwritten_nor_resumed(uninterrupted, sm
     assert "best.pt: missing" in call_script("trainer.py", *arguments, "--resume", status=1).stderr
 
 
+def test_a_value_that_comes_later_is_checked_too(uninterrupted, tmp_path):
+    checkpoint = load_checkpoint(uninterrupted[0] / "last.pt")
+    save(tmp_path / "last.pt", checkpoint)
+    checkpoint["history"][-1]["norm"] = np.float64(1)
+    with pytest.raises(InputError, match="last.pt: holds a numpy"):
+        save(tmp_path / "last.pt", checkpoint)
+    assert len(load_checkpoint(tmp_path / "last.pt")["history"]) == 4 and [*tmp_path.iterdir()] == [
+        tmp_path / "last.pt"
+    ]
+
+
+def test_a_setting_that_is_new_is_compared_with_its_default(uninterrupted, small, tmp_path, call_script):
+    folder = shutil.copytree(uninterrupted[0], tmp_path / "paper")
+    last = load_checkpoint(folder / "last.pt")
+    del last["hyperparameters"]["normalize_on"]
+    save(folder / "last.pt", last)
+    arguments = ["--experiments", tmp_path, "--resume", "--normalize-on", "train"]
+    assert "normalize_on (all against train)" in call_script("trainer.py", *arguments, status=1).stderr
+
+
 def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, call_script):
     shutil.copytree(uninterrupted[0], tmp_path / "paper")
     arguments = ["--data", small, "--experiments", tmp_path, *TINY, "--resume"]
@@ -223,7 +287,7 @@ def test_more_epochs_are_the_same_experiment(uninterrupted, small, tmp_path, cal
     assert history[:4] == load_checkpoint(uninterrupted[0] / "last.pt")["history"]
 
 
-def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script):
+def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, tmp_path, call_script, monkeypatch):
     best, started = tmp_path / "best.pt", load_checkpoint(uninterrupted[0] / "best.pt")
     started["normalization"]["mean"] -= 1  # another than the dump's own
     started["weights"]["hidden.weight"] += 1  # others than the seed's
@@ -239,6 +303,10 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
     assert "a fresh last layer" in done and "has seen 3 clips for certain, 0 perhaps" in done
     other = load_checkpoint(tmp_path / "other/best.pt")["weights"]
     assert torch.equal(other["hidden.weight"], started["weights"]["hidden.weight"]) and len(other["head.bias"]) == 2
+    monkeypatch.setitem(NETWORKS, "mine", MultiScaleCNN)
+    save(best, {**started, "hyperparameters": started["hyperparameters"] | {"network": "mine"}})
+    error = call_script("trainer.py", *arguments, "mine", status=1).stderr
+    assert error == "error: --start-from: that checkpoint is of another network; give --network mine\n"
     os.unlink(best)
     assert "epoch   1" in call_script("trainer.py", *arguments, "same", "--resume", "--epochs", 1).stdout
     (tmp_path / "other chunks").mkdir()
@@ -262,31 +330,87 @@ def test_fine_tuning_begins_with_the_checkpoints_weights(uninterrupted, small, t
         assert all(torch.equal(ids[part], clip_ids[part]) for part in ("train", "validation"))
 
 
-class OtherNetwork(torch.nn.Module):
-    """What the README allows, with what could be in the way: no bias, weights without a gradient, a layer `top`."""
+MY_NETWORK = """
 
+class MyNetwork(nn.Module):  # with what could be in the way: no bias, weights without a gradient, a layer `top`
     def __init__(self, n_tags):
         super().__init__()
-        self.top = torch.nn.Conv2d(1, 4, (128, 9), stride=8, bias=False)
-        self.norm, self.unused = torch.nn.BatchNorm2d(4), torch.nn.Parameter(torch.zeros(3))
-        self.head = torch.nn.Linear(4, n_tags)
+        self.top = nn.Conv2d(1, 4, (128, 9), stride=8, bias=False)
+        self.norm, self.dropout = FeatureBatchNorm(4), BatchDropout(4, keep_probability=0.6)
+        self.unused, self.head = nn.Parameter(torch.zeros(3)), nn.Linear(4, n_tags)
 
     def forward(self, spectrograms):
-        return self.head(self.norm(self.top(spectrograms)).amax(dim=(2, 3)))
+        return self.head(self.dropout(self.norm(self.top(spectrograms).amax(dim=(2, 3)))))
 
 
-def test_another_network_takes_one_function(small, tmp_path, call_script, monkeypatch):
-    for module in ("trainer", "lib.checkpoint"):
-        monkeypatch.setattr(f"{module}.build_network", OtherNetwork)
-    place = "--data", small, "--experiments", tmp_path
-    call_script("trainer.py", *place, *TINY, "--epochs", 1)
-    assert "epoch   2" in call_script("trainer.py", *place, *TINY, "--resume", "--epochs", 2).stdout
-    weights = load_checkpoint(tmp_path / "paper/last.pt")["weights"]
-    assert weights.keys() == OtherNetwork(3).state_dict().keys() and not weights["unused"].any()
-    assert "test, 9 clips" in call_script("evaluate.py", *place, "--device", "cpu", "--resamples", 9).stdout
-    monkeypatch.undo()
-    error = call_script("evaluate.py", *place, "--device", "cpu", status=1).stderr
-    assert "or of another model.py" in error and error.count("\n") == 1
+"""
+
+
+def changed_as_the_readme_says(folder):
+    """Copy the scripts into `folder` and make the changes of README.md's section on changing the experiment."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py")]:
+        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    section = (ROOT / "README.md").read_text().partition("## Change the experiment")[2].partition("\n## ")[0]
+    loss, optimizer, schedule, augmentation, networks = re.findall("```python\n(.*?)```", section, re.DOTALL)
+    text = (folder / "trainer.py").read_text()
+    for place, block in (
+        (r"( +)loss = F\..*\n()", loss),
+        (r"( +)optimizer = torch\.optim\.Adam\(.*\n()", optimizer),
+        (r"( +)return settings\.learning_rate / .*\n()", schedule),
+        (r"( +)(unread\.append\(training_step\(.*\n)", augmentation),  # which is kept
+    ):
+        text, n_places = re.subn(place, lambda found: textwrap.indent(block + found[2], found[1]), text)
+        assert n_places == 1, place
+    (folder / "trainer.py").write_text(text)
+    with open(folder / "model.py", "a") as model:
+        model.write(MY_NETWORK + networks)
+
+
+def test_the_experiment_is_changed_where_the_readme_says(small, tmp_path):
+    """The same on one process and on two; and each checkpoint is evaluated with the network that it was trained as."""
+    changed_as_the_readme_says(tmp_path)
+
+    def call(*command):
+        words = [*map(str, command), "--device", "cpu"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    trainer, evaluate = ([sys.executable, script] for script in ("trainer.py", "evaluate.py"))
+    start, mine = ["--data", small, *TINY, "--split-seed", 1], ["--network", "mine", "--precision", "float64"]
+    call(*trainer, *start, *mine, "--name", "mine", "--epochs", 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "trainer.py"]
+    call(*torchrun, *start, *mine, "--name", "pair", "--epochs", 2)
+    one, two = (torch.load(tmp_path / f"experiments/{name}/last.pt", weights_only=True) for name in ("mine", "pair"))
+    assert [row["learning_rate"] for row in one["history"][1:]] == pytest.approx([1e-4, 5e-5])
+    assert all((weights - two["weights"][name]).abs().max() < 1e-12 for name, weights in one["weights"].items())
+    assert one["hyperparameters"]["network"] == "mine" and not one["weights"]["unused"].any()
+
+    compared = call(*evaluate, "--name", "mine", "--against", "pair", "--resamples", 9).stdout
+    assert "mine - pair, 9 test clips of both" in compared
+    with pytest.raises(InputError, match="not model.py's mine"):
+        load_checkpoint(tmp_path / "experiments/mine/best.pt")
+
+
+def test_what_could_not_be_loaded_is_not_saved(small, tmp_path, call_script, monkeypatch):
+    """It is said before the first epoch: an experiment must not be lost at its end."""
+    arguments = ["--data", small, "--experiments", tmp_path / "experiments", *TINY, "--epochs", 0]
+    for name, replacement, said in (
+        ("made_with", lambda *_: [np.float64(1)], "last.pt: holds a numpy._core.multiarray.scalar, which is not safe"),
+        (
+            "build_network",
+            lambda n_tags, _: SmallNetwork(n_tags),
+            "last.pt: not model.py's MultiScaleCNN; each network needs",
+        ),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"trainer.{name}", replacement)
+            error = call_script("trainer.py", *arguments, status=1).stderr
+            assert said in error and error.count("\n") == 1
+            assert not (tmp_path / "experiments").exists()
+    monkeypatch.setattr("trainer.learning_rate_at", lambda epoch, _: 1e-3 * np.cos(epoch))
+    call_script("trainer.py", *arguments)
 
 
 def test_outputs_that_are_not_finite_are_one_line(small, tmp_path, call_script, monkeypatch):
@@ -303,14 +427,15 @@ def test_only_one_of_two_trainers_gets_the_folder(small, tmp_path, call_script):
 
 
 def test_synonyms_are_merged_unless_told_otherwise_and_evaluated_as_trained(tmp_path, call_script):
-    dump = Dump(write_dump(tmp_path, n_clips=20, names=("guitar", "flute", "guitars")))
-    guitar, flute, guitars = dump.labels.T
+    dump = Dump(write_dump(tmp_path, n_clips=20, names=("guitar", "metal", "guitars")))
+    guitar, metal, guitars = dump.labels.T
     for name, option, names, labels in (
-        ("merged", "--merge-tags", ["guitar", "flute"], [guitar | guitars, flute]),
-        ("unmerged", "--no-merge-tags", ["guitars", "guitar", "flute"], [guitars, guitar, flute]),
+        ("merged", "--merge-tags", ["guitar", "metal"], [guitar | guitars, metal]),
+        ("unmerged", "--no-merge-tags", ["guitars", "guitar", "metal"], [guitars, guitar, metal]),
     ):
         place = "--data", tmp_path, "--experiments", tmp_path, "--name", name
-        call_script("trainer.py", *place, *TINY, "--epochs", 0, option)
+        printed = call_script("trainer.py", *place, *TINY, "--epochs", 0, option).stdout
+        assert ("merged     guitar + guitars = guitar\n" in printed) == (name == "merged")
         checkpoint = load_checkpoint(tmp_path / name / "best.pt")
         assert checkpoint["tag_names"] == names
         assert np.array_equal(clips_of(checkpoint, dump, other_data=False)[0].T, labels)
@@ -319,7 +444,7 @@ def test_synonyms_are_merged_unless_told_otherwise_and_evaluated_as_trained(tmp_
 def test_a_validation_set_without_any_score_keeps_the_last_epoch(tmp_path, call_script):
     write_dump(tmp_path, n_clips=3)
     done = call_script("trainer.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path, "--epochs", 1)
-    assert "same proportions" in done.stdout
+    assert "3 clips are too few for the paper's" in done.stdout
     assert "validation ROC-AUC undefined (epoch 1), test ROC-AUC undefined" in done.stdout
     done = call_script("evaluate.py", "--device", "cpu", "--data", tmp_path, "--experiments", tmp_path)
     assert "ROC-AUC            undefined" in done.stdout and "nan" not in done.stdout
