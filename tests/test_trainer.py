@@ -173,6 +173,7 @@ def test_the_settings_of_an_experiment_need_not_be_repeated(small, tmp_path, cal
         assert call_script(*command, "--data", small).returncode == 0
     (tmp_path / "data").symlink_to(small)
     assert "test, 4 clips" in call_script(*evaluated).stdout, "on another machine, the data are in the usual place"
+    assert f"data       {small}\n" in call_script("trainer.py", *experiments, "--name", "new", "--resume").stdout
 
 
 def test_an_epoch_may_have_more_to_report_than_those_before(uninterrupted, tmp_path):
