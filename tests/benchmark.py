@@ -323,7 +323,7 @@ def time_epochs(scratch, *options):
 def step_seconds(precision):
     """Return the seconds of a training step whose batch is on the GPU."""
     device = choose_device("cuda")
-    torch.backends.cudnn.benchmark = True  # as in trainer.train
+    torch.backends.cudnn.benchmark = True  # as in trainer.run_experiment
     net = MultiScaleCNN(N_TAGS).to(
         device, prepare_device(device, precision, tf32=True), memory_format=torch.channels_last
     )

@@ -1,4 +1,4 @@
-"""The experiment: trainer.train against a plain loop, and the constants of the paper in what is built."""
+"""The experiment: trainer.run_experiment against a plain loop, and the constants of the paper in what is built."""
 
 import copy
 from types import SimpleNamespace
