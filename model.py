@@ -122,17 +122,15 @@ class FeatureBatchNorm(nn.Module):
 
     def forward(self, features):
         features = features.to(self.scale.dtype)  # bfloat16 has too few digits for a mean
-        mean, var = self._batch_statistics(features) if self.training else (self.running_mean, self.running_var)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            n_clips = all_reduce(features.new_full((), len(features)))
+            mean = all_reduce(features.sum(dim=0)) / n_clips
+            var = all_reduce((features - mean).square().sum(dim=0)) / n_clips
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
         return (features - mean) * torch.rsqrt(var + self.epsilon) * self.scale + self.shift
-
-    def _batch_statistics(self, features):
-        n_clips = all_reduce(features.new_full((), len(features)))
-        mean = all_reduce(features.sum(dim=0)) / n_clips
-        var = all_reduce((features - mean).square().sum(dim=0)) / n_clips
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
-        return mean, var
 
 
 class AllReduce(torch.autograd.Function):
@@ -199,23 +197,19 @@ def initialize(net, rng):
     flipped or transposed to give the same function in PyTorch. The float64 draws are rounded to the precision of `net`.
     """
     for layer in net.modules():
-        if isinstance(layer, nn.Conv2d):
-            weights = _glorot_normal(rng, tuple(layer.weight.shape))[:, :, ::-1, ::-1]
-        elif isinstance(layer, nn.Linear):
-            weights = _glorot_normal(rng, tuple(layer.weight.shape)[::-1]).T
-        else:
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
+        n_out, n_in, *kernel = layer.weight.shape
+        deviation = np.sqrt(2 / ((n_in + n_out) * np.prod(kernel)))
+        if kernel:
+            weights = rng.normal(0, deviation, (n_out, n_in, *kernel))[:, :, ::-1, ::-1]
+        else:
+            weights = rng.normal(0, deviation, (n_in, n_out)).T
         if layer is net.head:
             weights = 4 * weights
         layer.weight.copy_(torch.from_numpy(weights.copy()))
         if layer.bias is not None:
             layer.bias.zero_()
-
-
-def _glorot_normal(rng, shape):
-    """Return float64 draws for a convolution (out, in, height, width) or a fully connected layer (in, out)."""
-    fan_in_and_out = (shape[0] + shape[1]) * np.prod(shape[2:])
-    return rng.normal(0, np.sqrt(2 / fan_in_and_out), shape)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,9 @@ def clip_info_of(data, ids):
         raise InputError(f"{path}, line 1: must have the columns {', '.join(columns)}")
     if missing := [clip for clip in ids.tolist() if clip not in rows]:
         raise InputError(f"{path}: lacks {len(missing):,} of the {len(ids):,} clips, the first of them {missing[0]}")
-    info = []
-    for clip in ids.tolist():
-        artist, album, number, title = (rows[clip][1][header.index(name)] for name in columns)
-        info.append(ClipInfo(artist, (artist, album), (artist, album, number, title)))
-    return info
+    places = [header.index(name) for name in columns]
+    tracks = (tuple(rows[clip][1][place] for place in places) for clip in ids.tolist())
+    return [ClipInfo(artist=track[0], album=track[:2], track=track) for track in tracks]
 
 
 def _read_table(path):
@@ -167,12 +165,10 @@ def merge_synonyms(labels, tag_names):
     A merged tag takes the place of the first of its group in the table, and the group's first name.
     """
     group_name = {name: merged for merged, names in synonyms_among(tag_names).items() for name in names}
-    merged_names = list(dict.fromkeys(group_name.get(name, name) for name in tag_names))
-    merged = np.zeros((len(labels), len(merged_names)), labels.dtype)
+    columns = {}  # of each merged tag
     for column, name in enumerate(tag_names):
-        target = merged[:, merged_names.index(group_name.get(name, name))]
-        np.maximum(target, labels[:, column], out=target)
-    return merged, merged_names
+        columns.setdefault(group_name.get(name, name), []).append(column)
+    return np.column_stack([labels[:, group].max(axis=1) for group in columns.values()]), list(columns)
 
 
 def top_tags(labels, tag_names, n_tags):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 import os
 import stat
 import tempfile
@@ -130,9 +131,7 @@ def gathered(frames, sample_rate):
     """Yield long frames of packed 32-bit floating point, at one sample rate, from short frames in any format."""
     import av
 
-    def format_of(frame):
-        return frame.format.name, frame.layout.name, frame.sample_rate
-
+    format_of = operator.attrgetter("format.name", "layout.name", "sample_rate")
     for _, alike in itertools.groupby(frames, format_of):  # files that were joined may differ
         fifo, converter = av.AudioFifo(), av.AudioResampler("flt", rate=sample_rate)
         for frame in alike:

@@ -15,6 +15,7 @@ import soundfile
 from joblib import cpu_count
 
 from lib.common import InputError, progress, whole_file, write_table
+from tags import SYNONYMS
 
 SAMPLE_RATE = 16000  # Hz
 N_SAMPLES = 464_640  # 29.04 s, which the encoder pads to MagnaTagATune's 809 frames of 576 samples
@@ -25,14 +26,11 @@ CUTS = (30, 59), (59, 88)  # the clips of each track: from, to, in seconds
 # Each album's folder, in this order: three albums suffice for the usual validation (c), test (d-f) and training (0-b)
 # folders, and two artists are in both training and test.
 FOLDERS = "cf258be147ad0369"
-# All of MagnaTagATune's names for a sound; the first is the name that merging leaves.
-SPELLINGS = [
-    ("guitar", "guitars"), ("harpsichord", "harpsicord"), ("flute", "flutes"), ("violin", "violins"),
-    ("string", "strings"), ("synth", "synthesizer"), ("bass",), ("drum", "drums"), ("no beat", "no drums"),
-    ("slow",), ("fast", "fast beat", "quick"), ("quiet", "silence"), ("loud",),
-]  # fmt: skip
-
 SOLOISTS = ["guitar", "harpsichord", "flute", "violin", "string", "synth"]
+SOUNDS = [*SOLOISTS, "bass", "drum", "no beat", "slow", "fast", "quiet", "loud"]  # those that become tags
+# All of MagnaTagATune's names for each; the first is the name that merging leaves.
+SPELLINGS = [next((group for group in SYNONYMS if group[0] == sound), (sound,)) for sound in SOUNDS]
+
 TEMPOS = {"slow": (44, 56), "moderate": (88, 104), "fast": (168, 192)}  # beats per minute, from and to
 LEVELS = {"quiet": -36, "moderate": -25, "loud": -13}  # root mean square before the limiter, dB re full scale
 SCALE = [0, 2, 4, 7, 9]  # pentatonic, in semitones above the key note: any two notes are consonant
@@ -44,19 +42,6 @@ def render(folder, n_clips=192, seed=1337):
 
     The same `n_clips` and `seed` give the same files, byte for byte. Raises InputError if `folder` holds anything else.
     """
-    claim(folder, n_clips, seed)
-    clips = list_clips(n_clips, seed)
-    missing = [clip for clip in clips if not (folder / clip.path).exists()]
-    with ThreadPool(cpu_count()) as pool:  # threads, because NumPy and the encoder release the interpreter's lock
-        list(progress(pool.imap(partial(write_clip, folder, seed), missing), "rendering", len(missing), unit="clip"))
-    origins = [[clip.number, *clip.origin, clip.path] for clip in clips]
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_ALL}  # MagnaTagATune's
-    write_table(folder / "clip_info_final.csv", [INFO_COLUMNS, *origins], **dialect)
-    write_table(folder / "tags.csv", annotations(clips, seed), **dialect)  # last: its presence means all is there
-
-
-def claim(folder, n_clips, seed):
-    """Write SYNTHETIC.txt into `folder`. Raises InputError if the folder holds anything but this demo."""
     text = (
         f"Everything in this folder is computer-generated: {n_clips} clips by lib/demo.py, seed {seed}.\n"
         "It has MagnaTagATune's formats, but none of its music and none of its annotations.\n"
@@ -69,11 +54,22 @@ def claim(folder, n_clips, seed):
         raise InputError(f"{folder} holds {others[0]}, no demo of this size and seed: choose another or delete it")
     with whole_file(marker, "w", encoding="utf-8") as file:
         file.write(text)
+    clips = list_clips(n_clips, seed)
+    missing = [clip for clip in clips if not (folder / clip.path).exists()]
+    with ThreadPool(cpu_count()) as pool:  # threads, because NumPy and the encoder release the interpreter's lock
+        list(progress(pool.imap(partial(write_clip, folder, seed), missing), "rendering", len(missing), unit="clip"))
+    origins = [[clip.number, *clip.origin, clip.path] for clip in clips]
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_ALL}  # MagnaTagATune's
+    write_table(folder / "clip_info_final.csv", [INFO_COLUMNS, *origins], **dialect)
+    write_table(folder / "tags.csv", annotations(clips, seed), **dialect)  # last: its presence means all is there
 
 
 def write_clip(folder, seed, clip):
+    rng = np.random.default_rng([seed, 3, clip.number])
+    mix = even(sum(even(INSTRUMENTS[name](clip, rng)) for name in clip.instruments))
+    music = np.tanh(10 ** (clip.level / 20) * mix)  # a limiter that only loud clips reach
     encoded = io.BytesIO()  # because the encoder seeks and rewrites
-    soundfile.write(encoded, play(clip, seed), SAMPLE_RATE, **MP3)
+    soundfile.write(encoded, music, SAMPLE_RATE, **MP3)
     (folder / clip.path).parent.mkdir(exist_ok=True)
     with whole_file(folder / clip.path) as file:
         file.write(encoded.getvalue())
@@ -134,13 +130,6 @@ def annotations(clips, seed):
             if names[0] in clip.sounds:
                 used.update(rng.choice(names, rng.integers(1, len(names) + 1), replace=False))
         yield [clip.number, *(int(tag in used) for tag in tags), clip.path]
-
-
-def play(clip, seed):
-    """Return the music of a clip, (N_SAMPLES,), full scale 1."""
-    rng = np.random.default_rng([seed, 3, clip.number])
-    mix = even(sum(even(INSTRUMENTS[name](clip, rng)) for name in clip.instruments))
-    return np.tanh(10 ** (clip.level / 20) * mix)  # a limiter that only loud clips reach
 
 
 def tune(clip, rng, beats, voices, octave, amplitudes, attack=0.005, decay=np.inf):

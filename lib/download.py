@@ -1,6 +1,5 @@
 """Fetch files from several hosts, none of which is trusted: a file is believed when its MD5 is right."""
 
-import contextlib
 import hashlib
 import os
 import re
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import requests
 from tqdm import tqdm
 
-from lib.common import InputError, naming, progress, reason
+from lib.common import InputError, naming, reason
 
 CHUNK = 1 << 14  # bytes read and written at a time, and the most that a kill can lose
 WINDOW = 30  # seconds over which the rate is taken
@@ -153,7 +152,7 @@ def receive(output, whole, piece, host, *others):
             for chunk, n_received in host.stream(whole, piece, position):
                 output.write(chunk[: piece.end - output.tell()])
                 output.flush()
-                watch.update(output.tell(), n_received)
+                watch.count(output.tell(), n_received)
                 if watch.n_slow > 1 and any(other.fault is None for other in others):
                     host.fault, host.demoted = f"only {watch.rate / 1e3:.0f} KB/s", True
                     return False
@@ -174,24 +173,21 @@ def receive(output, whole, piece, host, *others):
     return False
 
 
-class Watch(contextlib.AbstractContextManager):
+class Watch(tqdm):
     """Measures the rate and shows it: a bar or, where the output is no terminal, a line for each WINDOW."""
 
     def __init__(self, title, done, total):
-        self.bar = progress(desc=title, total=total, initial=done, unit="B", unit_scale=True)
-        self.title, self.total, self.received, self.since = title, total, 0, time.monotonic()
+        super().__init__(desc=title, total=total, initial=done, unit="B", unit_scale=True, disable=None)
+        self.title, self.received, self.since = title, 0, time.monotonic()
         self.rate = self.n_slow = 0  # bytes a second in the last window, windows in a row below SLOWEST
 
-    def update(self, done, n_received):
+    def count(self, done, n_received):
         self.received += n_received
-        self.bar.update(done - self.bar.n)
+        self.update(done - self.n)
         if (seconds := time.monotonic() - self.since) > WINDOW:
             self.rate = self.received / seconds
             self.n_slow = self.n_slow + 1 if self.rate < SLOWEST else 0
             self.received, self.since = 0, time.monotonic()
-            if self.bar.disable:
-                left = tqdm.format_interval((self.total - done) / self.rate)
+            if self.disable:
+                left = self.format_interval((self.total - done) / self.rate)
                 print(f"{self.title}: {done / self.total:.0%}, {self.rate / 1e3:,.0f} KB/s, {left} left")
-
-    def __exit__(self, *_):
-        self.bar.close()

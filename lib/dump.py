@@ -46,10 +46,9 @@ class Chunk:
 
     def n_done(self):
         """Return how many clips are done."""
-        try:
+        with suppress(FileNotFoundError):
             return min(self.log.stat().st_size // RECORD.itemsize, len(self.rows))
-        except FileNotFoundError:
-            return 0
+        return 0
 
     def records(self):
         """Return the RECORDs of the clips that are done."""
@@ -140,9 +139,9 @@ def checksum_of(manifest):
     return hex_crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
-def hex_crc32(content, start=0):
-    """Return the CRC-32 of bytes, continuing from `start`, as eight hexadecimal digits."""
-    return f"{zlib.crc32(content, start):08x}"
+def hex_crc32(content):
+    """Return the CRC-32 of bytes as eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
 
 
 def annotations_sha256(data):
@@ -161,9 +160,8 @@ class Dump:
     def __init__(self, data):
         self.data, self.manifest = data, read_manifest(data)
         if not self.manifest.get("complete"):
-            raise InputError(
-                f"{data}: no complete dump here; name another folder with --data, or run gen_spectrograms.py"
-            )
+            remedy = "name another folder with --data, or run gen_spectrograms.py"
+            raise InputError(f"{data}: no complete dump here; {remedy}")
         self.front_end, self.synthetic = self.manifest["front_end"], self.manifest["synthetic"]
         require_front_end(self.front_end, data, "restore that, or remake the dump with gen_spectrograms.py --overwrite")
         self.n_bad = self.manifest["outcomes"]["zero"]

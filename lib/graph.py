@@ -23,9 +23,16 @@ class Graphed:
             return self.compute(net, spectrograms, targets, *settings)
         self.n_steps += 1
         if self.n_steps <= STEPS_BEFORE:
-            return self._run_on_own_stream(net, spectrograms, targets, *settings)
-        if self.graph is None:
-            self._record(net, *settings)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.compute(net, spectrograms, targets, *settings)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:  # record the computation on this object's own batch: it takes place when replayed
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.loss = self.compute(net, self.spectrograms, self.targets, *settings)
+            self.gradients = [weights.grad for weights in net.parameters()]
         self.spectrograms.copy_(spectrograms)
         self.targets.copy_(targets)
         net.draw()
@@ -33,17 +40,3 @@ class Graphed:
         for weights, gradient in zip(net.parameters(), self.gradients):
             weights.grad = gradient  # a batch of another size has put its own there
         return self.loss.clone()
-
-    def _run_on_own_stream(self, *arguments):
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            loss = self.compute(*arguments)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return loss
-
-    def _record(self, net, *settings):
-        """Record the computation on this object's own batch. It only takes place when it is replayed."""
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.loss = self.compute(net, self.spectrograms, self.targets, *settings)
-        self.gradients = [weights.grad for weights in net.parameters()]

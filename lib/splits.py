@@ -80,12 +80,11 @@ def split_by_artist(artists, train_size, validation_size, rng):
     test if it fits there, else to training.
     """
     names, artist_of_clip, n_clips_of = np.unique(artists, return_inverse=True, return_counts=True)
-    room = {"validation": validation_size, "test": len(artists) - train_size - validation_size}
+    room = {"validation": validation_size, "test": len(artists) - train_size - validation_size, "train": np.inf}
     part_of = np.empty(len(names), object)
     for artist in rng.permutation(len(names)):
-        part_of[artist] = next((part for part, free in room.items() if n_clips_of[artist] <= free), "train")
-        if part_of[artist] in room:
-            room[part_of[artist]] -= n_clips_of[artist]
+        part_of[artist] = next(part for part, free in room.items() if n_clips_of[artist] <= free)
+        room[part_of[artist]] -= n_clips_of[artist]
     parts = [np.flatnonzero(part_of[artist_of_clip] == part) for part in ("train", "validation", "test")]
     rng.shuffle(parts[0])
     return parts
