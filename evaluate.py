@@ -1,9 +1,10 @@
 """Score a trained checkpoint on its validation and test clips, or tag your own music with it.
 
 Writes results.json, tables and pictures beside the checkpoint, or into --output; for several names, means over seeds
-too. With --against, compares two experiments instead. With --tag, prints the most likely tags of audio files instead.
+too. With --against, compares two experiments instead. With --tag, prints the tags of audio files instead.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,11 +18,11 @@ import tyro
 
 from lib import scores
 from lib.baseline import band_features, baseline_predictions, names_only_predictions, origins_of, repeatability
-from lib.checkpoint import SEEN, cautions, clips_seen, count_seen, load_checkpoint, load_network
+from lib.checkpoint import SEEN, cautions, clips_seen, count_seen, load_checkpoint, load_network, note_on_seen
 from lib.dump import Dump, same_clips
 from lib.experiment import data_folder, require_other_seeds
 from lib.library import ELSEWHERE, tag_files
-from lib.loader import Loader, predict
+from lib.loader import Loader, hidden_values, predict
 from lib.parallel import choose_device, started_with_others
 from lib.published import published
 from lib.scores import format_score
@@ -40,6 +41,7 @@ class Settings(FromPython):
     other_data: bool = False  # score the dump even if the checkpoint was trained on another
     against: str = ""  # another experiment, to compare with instead of scoring
     baseline: bool = True  # also score a baseline, a logistic regression on mel-band loudness
+    probe: Path | None = None  # also score one on the features of this checkpoint, which may have other tags
 
     # scores
     resamples: number(int, 1, 10_000) = 1000  # of the bootstrap behind the 95% intervals
@@ -49,9 +51,9 @@ class Settings(FromPython):
     precision: Literal["checkpoint", "float32", "bfloat16", "float64"] = "checkpoint"  # the one it was trained in
 
     # your own music
-    tag: tuple[Path, ...] | None = None  # audio files and folders of them to tag, instead of scoring
-    top: Count = 5  # how many tags to print for each file
-    json: bool = False  # print one JSON object, file -> tag -> probability
+    tag: tuple[Path, ...] | None = None  # audio files, folders and playlists to tag, instead of scoring
+    top: Count = 5  # how many tags to print for each file; * marks those that reach their thresholds
+    json: bool = False  # print one JSON object, file -> tag -> score
     taggram: bool = False  # draw each file's spectrogram and its tags over time
     csv: Path | None = None  # write a table instead, one row per file as it is tagged; resumes
 
@@ -59,17 +61,26 @@ class Settings(FromPython):
 EVALUATED = ("validation", "test")  # parts of the split
 ENOUGH_CLIPS = 30  # to score those that share no track, album or artist with training
 RIVALS = dict(baseline="a logistic regression on mel bands' loudness", names_only="the labels of artist and album")
+RIVALS["probe"] = "a logistic regression on the features of --probe"
+APART = {  # options that do not go together
+    "tag": "against batch_size data other_data probe resamples seed",
+    "csv": "json output taggram top",
+    "against": "probe",
+}
 WORTH_A_LISTEN = 10  # clips per tag in each direction
 
 
 def main(settings=None):
+    if not settings and sys.argv[1:] and not sys.argv[1].startswith("-"):
+        raise InputError(f"{sys.argv[1]}: to tag music, put --tag before it")
     settings = settings or tyro.cli(Settings, description=__doc__)
+    require_together(settings)
     if started_with_others():
         raise InputError("evaluate.py: runs in one process; start it with python instead of torchrun")
     paths = [settings.checkpoint or settings.experiments / name / "best.pt" for name in settings.name]
     if len(paths) != 1 and (not paths or settings.tag or settings.checkpoint or settings.against):
         raise InputError("--name: takes one experiment, or several only to score them")
-    if settings.tag is not None or settings.csv or settings.json or settings.taggram:
+    if settings.tag:
         return tag_files(settings, paths[0])
     settings = replace(settings, data=settings.data or data_folder(load_checkpoint(paths[0])["hyperparameters"]))
     require_other_seeds([path.parent for path in paths] if len(paths) > 1 else [])
@@ -79,12 +90,24 @@ def main(settings=None):
     print(end=ours.dump.note_on_table())
     if settings.against:
         return compare(ours, Evaluation(settings, settings.experiments / settings.against / "best.pt"))
+    source = load_checkpoint(settings.probe) if settings.probe else None
     bands, train = band_features(*ours.dump.verify()), ours.rows["train"]  # the same whatever the seed
     baseline = baseline_predictions(bands, ours.labels, train) if settings.baseline else None
     names_only = names_only_predictions(ours.labels, train, ours.origins) if ours.origins else None
-    results = [evaluate(each, (baseline, names_only)) for each in evaluations]
+    probe = probe_predictions(ours, source) if source else None
+    results = [evaluate(each, (baseline, names_only, probe)) for each in evaluations]
     if others:
         write_table((settings.output or ours.output) / "seeds.csv", print_over_seeds(dict(zip(settings.name, results))))
+
+
+def require_together(settings):
+    """Raise InputError for options that do not go together."""
+    given = {name for name, default in vars(Settings()).items() if getattr(settings, name) != default}
+    for one in given & {*APART}:
+        if others := given & {*APART[one].split()}:
+            raise InputError(f"--{one}: leave out --{' and --'.join(sorted(others)).replace('_', '-')}")
+    if settings.tag == () or given & {"top", "json", "taggram", "csv"} and not settings.tag:
+        raise InputError("--tag: needs audio files, folders or playlists after it")
 
 
 def evaluate(ours, rivals):
@@ -119,15 +142,18 @@ class Evaluation:
         self.intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if has_info else 'clips'}"
 
     def predict(self, rows):
-        """Return the probabilities of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
-        net, precision = load_network(self.checkpoint, self.device, self.settings.precision)
-        loader = Loader(self.dump, self.labels, self.checkpoint["normalization"], self.device, precision)
-        return predict(net, loader, rows, self.settings.batch_size)
+        """Return the scores of the checkpoint's tags for the dump's `rows`: (rows, tags)."""
+        return predict(*self.network(self.checkpoint), rows, self.settings.batch_size)
 
-    def scores(self, rows, probabilities):
+    def network(self, checkpoint):
+        """Return (the network of this or another checkpoint, a Loader of the dump for it)."""
+        net, precision = load_network(checkpoint, self.device, self.settings.precision)
+        return net, Loader(self.dump, self.labels, checkpoint["normalization"], self.device, precision)
+
+    def scores(self, rows, predictions):
         """Return the lib.scores.Scores of predictions for the dump's `rows`."""
         resampling = self.groups[rows], self.settings.resamples, self.settings.seed
-        return scores.scores_of(self.labels[rows], probabilities, *resampling)
+        return scores.scores_of(self.labels[rows], predictions, *resampling)
 
 
 def clips_of(checkpoint, dump, other_data):
@@ -149,19 +175,31 @@ def clips_of(checkpoint, dump, other_data):
     return labels[:, [names.index(name) for name in checkpoint["tag_names"]]], rows
 
 
-def score_part(evaluation, rows, probabilities, rivals):
+def probe_predictions(ours, source):
+    """Return what the baseline's regressions predict from the features of the checkpoint `source`: (clips, tags)."""
+    print(end=note_on_seen(ours.checkpoint, source))
+    net, loader = ours.network(source)
+    rows, batch_size = np.arange(len(ours.dump)), ours.settings.batch_size
+    features = hidden_values(net, lambda: predict(net, loader, rows, batch_size))
+    return baseline_predictions(features, ours.labels, ours.rows["train"])
+
+
+def score_part(evaluation, rows, predictions, rivals):
     """Return the scores of predictions for the dump's `rows`, as in results.json; RIVALS have theirs for all rows."""
     labels, tag_names = evaluation.labels[rows], evaluation.checkpoint["tag_names"]
-    ours, ids = evaluation.scores(rows, probabilities), torch.from_numpy(evaluation.dump.ids[rows])
+    ours, ids = evaluation.scores(rows, predictions), torch.from_numpy(evaluation.dump.ids[rows])
+    thresholds = evaluation.checkpoint["thresholds"].numpy()
+    at_thresholds = {name: score(labels, predictions >= thresholds) for name, score in scores.OF_GIVEN_TAGS.items()}
     result = {
         "clips": len(rows),
         **count_seen(ids, evaluation.checkpoint["seen_before"], [evaluation.checkpoint["dump"]]),
         **ours.macro(),
-        "clip_roc_auc": scores.macro(scores.roc_auc(labels.T, probabilities.T)),
-        "precision_at": {k: scores.macro(scores.precision_at(k, labels, probabilities)) for k in (1, 3, 5)},
+        "clip_roc_auc": scores.macro(scores.roc_auc(labels.T, predictions.T)),
+        "precision_at": {k: scores.macro(scores.precision_at(k, labels, predictions)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
-        "tags": per_tag_rows(evaluation, rows, ours),
-        "leakage": leakage(evaluation, rows, probabilities) if evaluation.origins else None,
+        "at_thresholds": {name: scores.macro(of_tags) for name, of_tags in at_thresholds.items()},
+        "tags": per_tag_rows(evaluation, rows, ours, threshold=thresholds, **at_thresholds),
+        "leakage": leakage(evaluation, rows, predictions) if evaluation.origins else None,
     }
     for name, of_all_clips in zip(RIVALS, rivals):
         theirs = None if of_all_clips is None else evaluation.scores(rows, of_all_clips[rows])
@@ -169,19 +207,19 @@ def score_part(evaluation, rows, probabilities, rivals):
     return result
 
 
-def per_tag_rows(evaluation, rows, found):
-    """Return a row of `found`, the scores on the dump's `rows`, for each tag, in the checkpoint's order."""
+def per_tag_rows(evaluation, rows, found, **more):
+    """Return a row of `found`, the scores on the dump's `rows`, and `more`, for each tag in the checkpoint's order."""
     labels, columns = evaluation.labels[rows], {"tag": evaluation.checkpoint["tag_names"]}
     columns |= {"positives": labels.sum(axis=0, dtype=int), "prevalence": labels.mean(axis=0)}
     if evaluation.origins:
         columns["repeatability"] = evaluation.repeatability
     for name, values, low, high in found.intervals():
         columns |= {name: values, f"{name}_low": low, f"{name}_high": high}
-    rows = zip(*(np.asarray(values).tolist() for values in columns.values()))
-    return [dict(zip(columns, row)) for row in rows]
+    rows = zip(*(np.asarray(values).tolist() for values in (columns | more).values()))
+    return [dict(zip(columns | more, row)) for row in rows]
 
 
-def leakage(evaluation, rows, probabilities):
+def leakage(evaluation, rows, predictions):
     """Return the shares of `rows` whose track, album or artist was trained on, and the scores on the other clips."""
     found, checkpoint = {}, evaluation.checkpoint
     earlier = [ids["train"] for dump, ids in checkpoint["seen_before"] if same_clips(dump, [checkpoint["dump"]])]
@@ -189,7 +227,7 @@ def leakage(evaluation, rows, probabilities):
     for kind, origins in evaluation.origins.items():
         fresh = ~np.isin(origins[rows], origins[heard])
         enough = fresh.sum() >= ENOUGH_CLIPS
-        per_tag = scores.roc_auc(evaluation.labels[rows][fresh], probabilities[fresh]) if enough else np.nan
+        per_tag = scores.roc_auc(evaluation.labels[rows][fresh], predictions[fresh]) if enough else np.nan
         found |= {f"share_of_{kind}": float(np.mean(~fresh)), f"clips_of_other_{kind}s": int(fresh.sum())}
         found[f"roc_auc_of_other_{kind}s"] = scores.macro(per_tag)
     return found
@@ -202,8 +240,8 @@ def write_results(evaluation, results, predicted):
     rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
     write_table(folder / "per_tag.csv", [rows[0], *(row.values() for row in rows)])
     clips = {part: [(dump.ids[row], dump.mp3_paths[row]) for row in evaluation.rows[part]] for part in EVALUATED}
-    for part, probabilities in predicted.items():
-        for name, columns in (("predictions", probabilities), ("labels", evaluation.labels[evaluation.rows[part]])):
+    for part, predictions in predicted.items():
+        for name, columns in (("predictions", predictions), ("labels", evaluation.labels[evaluation.rows[part]])):
             rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], columns)]
             write_table(folder / f"{name}_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
     test = tag_names, evaluation.labels[evaluation.rows["test"]], predicted["test"]
@@ -215,10 +253,10 @@ def write_results(evaluation, results, predicted):
         figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
 
 
-def worth_a_listen(clips, tag_names, labels, probabilities):
+def worth_a_listen(clips, tag_names, labels, predictions):
     """Yield a table of the clips on which annotators and network disagree most, per tag and direction."""
     yield "tag", "annotators", "network", "clip_id", "mp3_path"
-    for name, label, values in zip(tag_names, labels.T, probabilities.T):
+    for name, label, values in zip(tag_names, labels.T, predictions.T):
         for annotated in (0, 1):
             candidates = np.flatnonzero(label == annotated)
             most = np.argsort(-np.abs(values[candidates] - annotated), kind="stable")[:WORTH_A_LISTEN]
@@ -227,10 +265,14 @@ def worth_a_listen(clips, tag_names, labels, probabilities):
 
 
 def print_results(results, checkpoint):
-    print(f"{results['checkpoint']}\n{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}")
+    columns = f"{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}"
+    print(f"{results['checkpoint']}\n{columns}threshold precision    recall")
     for row in sorted(results["test"]["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
         share = f"{row['positives']:,} ({row['prevalence']:.1%})"
-        print(f"{row['tag']:<22}{share:>16}  {bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}")
+        both = f"{bracketed(row, 'roc_auc'):<22}{bracketed(row, 'average_precision'):<22}"
+        at_threshold = [row["threshold"], row["precision"], row["recall"]]
+        cells = " ".join(f"{'-' if np.isnan(x) else f'{x:.3f}':>9}" for x in at_threshold)
+        print(f"{row['tag']:<22}{share:>16}  {both}{cells}")
     for part in EVALUATED:
         print_part(part, results[part])
     print(f"\nbrackets: {results['intervals']}", *(f"made with {line}" for line in results["made_with"]), sep="\n")
@@ -254,6 +296,8 @@ def print_part(part, result):
     print(f"  ROC-AUC            {format_interval(result['roc_auc'])}  macro over tags")
     print(f"  average precision  {format_interval(result['average_precision'])}  macro over tags")
     print(f"  within a clip      ROC-AUC {format_score(result['clip_roc_auc'])}; precision {precision}")
+    both = ", ".join(f"{name} {format_score(score)}" for name, score in result["at_thresholds"].items())
+    print(f"  at the thresholds  {both}  macro over tags")
     if result["seen_before"] or result["seen_before_by_id"]:
         print(f"  seen before        by what it was fine-tuned from: {SEEN.format_map(result)}")
     if result["one_class"]:
@@ -266,7 +310,7 @@ def print_part(part, result):
             few = f", fewer than {ENOUGH_CLIPS}" if n_clips < ENOUGH_CLIPS else ""
             print(f"  {f'other {kind} only':<18} ROC-AUC {auc} ({n_clips:,} clips{few})")
     for name, what in RIVALS.items():
-        if rival := result[name]:
+        if rival := result.get(name):
             gain = rival[f"network_minus_{name}"]["roc_auc"]
             verdict = "clearly worse" if gain["high"] < 0 else "not clearly better" if gain["low"] <= 0 else ""
             verdict = verdict and f": {verdict} than {what}"  # of NaN, none
@@ -309,9 +353,8 @@ def compare(ours, theirs):
     ours.dump.verify(rows)
     difference = ours.scores(rows, ours.predict(rows)).minus(theirs.scores(rows, theirs.predict(rows)))
     result = {"name": name, "against": against, "clips": len(rows), "intervals": ours.intervals, "notes": notes}
-    result |= {**difference.macro(), "tags": per_tag_rows(ours, rows, difference)}
-    for row, clear in zip(result["tags"], scores.differs_clearly(ours.labels[rows], ours.groups[rows], difference)):
-        row["differs_clearly"] = bool(clear)
+    clear = scores.differs_clearly(ours.labels[rows], ours.groups[rows], difference)
+    result |= {**difference.macro(), "tags": per_tag_rows(ours, rows, difference, differs_clearly=clear)}
     print_comparison(result)
     write_json(ours.output / "comparison.json", result)
     with optional_picture(picture := ours.output / "comparison.png"):
@@ -335,4 +378,4 @@ def print_comparison(result):
 
 
 if __name__ == "__main__":
-    run(main, "the same command starts over")
+    run(main, "the same command starts over, but with --csv goes on")

@@ -24,7 +24,7 @@ from lib.loader import Loader, predict
 from lib.parallel import all_reduce_gradients, autocast, choose_device, from_rank_0, joined_processes, prepare_device
 from lib.parallel import rank, share_of_batch, world_size
 from lib.published import published
-from lib.scores import format_score, macro, roc_auc
+from lib.scores import best_thresholds, format_score, macro, roc_auc
 from lib.splits import divide_clips, epoch_batches, split_clips  # noqa: F401 - one is re-exported
 from model import NETWORKS, all_reduce, build_network, initialize
 from tags import select_tags, synonyms_among
@@ -103,6 +103,7 @@ def run_experiment(settings, dump, device, folder, last):
     checkpoint = {
         "weights": net.state_dict(),  # the network's own tensors: always the current ones
         "tag_names": tag_names,  # in the order of the outputs
+        "thresholds": None,  # one per tag, (tags,) float64: see validate
         "normalization": None,  # "mean" and "std" per mel band, (128,) float32 each: see below
         "front_end": dump.front_end,  # what the spectrograms were made with (lib.audio.FRONT_END)
         "hyperparameters": hyperparameters(settings),
@@ -147,7 +148,7 @@ def run_experiment(settings, dump, device, folder, last):
             loss = train_epoch(net, optimizer, loader, batches, epoch, compute)
             rng.shuffle(parts["train"])
         if rank() == 0:
-            auc = validate(net, loader, labels, parts["validation"], settings)
+            auc, checkpoint["thresholds"] = validate(net, loader, labels, parts["validation"], settings)
             row = {"epoch": epoch, "learning_rate": learning_rate, "loss": loss, "validation_roc_auc": auc}
             row["best"] = auc is None or all(auc > past["validation_roc_auc"] for past in history)
             history.append(row)
@@ -160,7 +161,7 @@ def run_experiment(settings, dump, device, folder, last):
     if rank() == 0:
         best = load_checkpoint(folder / "best.pt")
         net.load_state_dict(best["weights"])
-        test, chosen = validate(net, loader, labels, parts["test"], settings), best["history"][-1]
+        (test, _), chosen = validate(net, loader, labels, parts["test"], settings), best["history"][-1]
         validation = f"{format_score(chosen['validation_roc_auc'])} (epoch {chosen['epoch']})"
         print(f"best validation ROC-AUC {validation}, test ROC-AUC {format_score(test)}")
         print(*cautions(best), published(best), sep="\n")
@@ -222,9 +223,10 @@ def compute_gradients(net, spectrograms, targets, n_clips, precision):
 
 
 def validate(net, loader, labels, rows, settings):
-    """Return the macro ROC-AUC over all `rows` at once, or None if no tag has one."""
-    auc = macro(roc_auc(labels[rows], predict(net, loader, rows, settings.batch_size)))
-    return None if np.isnan(auc) else float(auc)
+    """Return (macro ROC-AUC over all `rows` at once, or None if no tag has one; best_thresholds there: (tags,))."""
+    predictions = predict(net, loader, rows, settings.batch_size)
+    auc = macro(roc_auc(labels[rows], predictions))
+    return None if np.isnan(auc) else float(auc), torch.from_numpy(best_thresholds(labels[rows], predictions))
 
 
 def learning_rate_at(epoch, settings):

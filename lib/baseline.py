@@ -17,17 +17,17 @@ def band_features(sums, squares):
 
 
 def baseline_predictions(features, labels, train):
-    """Return the probabilities, (clips, tags), of logistic regressions that were trained on the rows `train` alone."""
+    """Return the predictions, (clips, tags), of logistic regressions that were trained on the rows `train` alone."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     features = StandardScaler().fit(features[train]).transform(features)
-    probabilities = np.tile(labels[train[0]].astype(float), (len(labels), 1))  # of a tag that never varies in training
+    predictions = np.tile(labels[train[0]].astype(float), (len(labels), 1))  # of a tag that never varies in training
     for column, label in enumerate(progress(labels.T, "baseline", unit="tag", leave=False)):
         if np.ptp(label[train]):
             model = LogisticRegression(C=BASELINE_C, max_iter=1000).fit(features[train], label[train])
-            probabilities[:, column] = model.predict_proba(features)[:, 1]
-    return probabilities
+            predictions[:, column] = model.predict_proba(features)[:, 1]
+    return predictions
 
 
 def origins_of(info):
@@ -36,16 +36,16 @@ def origins_of(info):
 
 
 def names_only_predictions(labels, train, origins):
-    """Return the probabilities, (clips, tags), that nothing but the labels of the rows `train` gives to all clips.
+    """Return the predictions, (clips, tags), that nothing but the labels of the rows `train` gives to all clips.
 
     They are the means over a clip's album, shrunk towards those over its artist, and these towards those over all: the
     mean above weighs like one more clip. (With 0.3 to 10 such clips, MagnaTagATune's ROC-AUC stays within 0.001.)
     """
-    probabilities = np.tile(labels[train].mean(axis=0), (len(labels), 1))
+    predictions = np.tile(labels[train].mean(axis=0), (len(labels), 1))
     for kind in ("artist", "album"):
         sums, n_clips = sums_of_same(origins[kind], labels, train)
-        probabilities = (sums + probabilities) / (n_clips + 1)
-    return probabilities
+        predictions = (sums + predictions) / (n_clips + 1)
+    return predictions
 
 
 def repeatability(labels, tracks):

@@ -51,7 +51,8 @@ def load_checkpoint(path):
     """
     name = str(path).removesuffix(".partial")
     if not Path(path).is_file():
-        raise InputError(f"{name}: no such checkpoint; trainer.py writes them")
+        how = "the demo's, a toy, in 3 minutes; the paper's in 3 on a large GPU, in 9 to 17 hours on two cores"
+        raise InputError(f"{name}: no such checkpoint, and none to download; README.md says how to train one: {how}")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
             if part := archive.testzip():
@@ -59,9 +60,9 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = dict(checkpoint["weights"])  # drops the metadata, where load_state_dict leaves assign=True
         trained = {"network": "MultiScaleCNN", **checkpoint["hyperparameters"]}  # earlier versions had no other
-        earlier = {"seen_before": [], "made_with": ["an earlier version"]}
-        checkpoint = {**earlier, **checkpoint, "weights": weights, "hyperparameters": trained}
         front_end, n_tags, network = checkpoint["front_end"], len(checkpoint["tag_names"]), trained["network"]
+        earlier = {"seen_before": [], "made_with": ["an earlier version"], "thresholds": torch.full((n_tags,), 0.5)}
+        checkpoint = {**earlier, **checkpoint, "weights": weights, "hyperparameters": trained}
     except Exception as error:  # a damaged file can fail in as many ways as it can be damaged
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         fault = unsafe and f"holds a {unsafe[1]}, which is not safe to load; store plain numbers, strings and tensors"
@@ -84,6 +85,8 @@ def cautions(checkpoint):
     with torch.device("meta"):
         layers = build_network(len(checkpoint["tag_names"]), trained["network"]).modules()
     remains = max(((1 - layer.momentum) ** n_steps for layer in layers if getattr(layer, "momentum", None)), default=0)
+    if checkpoint["thresholds"].eq(0.5).all():
+        yield "note: of an earlier version, without thresholds: 0.5 for each tag, too much for most; train again"
     if (n_clips := len(clip_ids["validation"])) < 30:
         yield f"note: {n_clips} validation clips chose the epoch, mostly by chance: try a larger --validation-size"
     if epoch == 0:
@@ -118,6 +121,13 @@ def count_seen(ids, seen, dumps):
     return {"seen_before": int(surely.sum()), "seen_before_by_id": int((perhaps & ~surely).sum())}
 
 
+def note_on_seen(checkpoint, source):
+    """Return a note if `source`, or what it started from, has seen clips of the test set of `checkpoint`, else ""."""
+    seen = count_seen(checkpoint["clip_ids"]["test"], clips_seen(source), [checkpoint["dump"]])
+    note = f"note: of the test set, that checkpoint, or one before it, has seen {SEEN.format_map(seen)}\n"
+    return note if any(seen.values()) else ""
+
+
 def start_from(source, checkpoint, net):
     """Copy the weights of the checkpoint `source` into `net`, except the head's if the tags differ; say so.
 
@@ -126,12 +136,9 @@ def start_from(source, checkpoint, net):
     if (network := source["hyperparameters"]["network"]) != checkpoint["hyperparameters"]["network"]:
         raise InputError(f"--start-from: that checkpoint is of another network; give --network {network}")
     checkpoint["seen_before"] = clips_seen(source)
-    seen = count_seen(checkpoint["clip_ids"]["test"], checkpoint["seen_before"], [checkpoint["dump"]])
-    if any(seen.values()):
-        print(f"note: of the test set, that checkpoint, or one before it, has seen {SEEN.format_map(seen)}")
-    weights, same_tags = source["weights"], source["tag_names"] == checkpoint["tag_names"]
-    if not same_tags:
-        weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    print(end=note_on_seen(checkpoint, source))
+    same_tags = source["tag_names"] == checkpoint["tag_names"]
+    weights = {name: value for name, value in source["weights"].items() if same_tags or not name.startswith("head.")}
     net.load_state_dict(weights, strict=same_tags)
     head = "with its own" if same_tags else "for other tags, with a fresh"
     print(f"starting   from a checkpoint of epoch {source['history'][-1]['epoch']}, {head} last layer")

@@ -119,9 +119,9 @@ def tag_differences(path, rows, title, synthetic=False):
     return figure
 
 
-def tag_correlations(path, tag_names, labels, probabilities, synthetic=False):
+def tag_correlations(path, tag_names, labels, predictions, synthetic=False):
     """Draw how tags go together in annotations and predictions, (clips, tags) each, with similar tags adjacent."""
-    panels = {"annotations": _correlations(labels), "predictions": _correlations(probabilities)}
+    panels = {"annotations": _correlations(labels), "predictions": _correlations(predictions)}
     distances = 1 - panels["annotations"][np.triu_indices(len(tag_names), 1)]
     order = leaves_list(linkage(distances, "average", optimal_ordering=True)) if len(distances) else [0]
     places, names = range(len(order)), [tag_names[tag] for tag in order]
@@ -147,31 +147,31 @@ def _correlations(columns):
     return correlations
 
 
-def taggram(path, log_mel, tag_names, times, probabilities, title, n_tags=None, synthetic=False):
-    """Draw a recording's spectrogram and, below it, its `n_tags` likeliest tags over the same time, likeliest first.
+def taggram(path, log_mel, tag_names, times, scores, title, synthetic=False):
+    """Draw a recording's spectrogram and, below it, its tags over the same time, in the order of `tag_names`.
 
     `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
-    in seconds, `probabilities` (windows, tags). Each moment shows the window whose centre is nearest.
+    in seconds, `scores` (windows, tags). Each moment shows the window whose centre is nearest.
     """
     n_bands, n_frames = log_mel.shape
     duration = n_frames * HOP_LENGTH / SAMPLE_RATE
     decibels = 10 * np.log10(np.e) * (log_mel - log_mel.max())
     centres = import_librosa().mel_frequencies(n_bands + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]  # of the bands, in Hz
     ticks = [128, 256, 512, 1024, 2048, 4096]
-    order = np.argsort(-probabilities.mean(axis=0), kind="stable")[:n_tags]
     edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])
-    rows = np.arange(len(order) + 1) - 0.5
-    heights = 2.4, max(0.9, 0.2 * len(order))  # inches
-    with _picture(path, title, 7, sum(heights) + 1, synthetic) as figure:
+    rows = np.arange(len(tag_names) + 1) - 0.5
+    heights = 2.4, max(0.9, 0.2 * len(tag_names))  # inches
+    title += ", tagged by a network that knows synthetic clips only" if synthetic else ""
+    with _picture(path, title, 7, sum(heights) + 1, synthetic=False) as figure:
         top, bottom = figure.subplots(2, sharex=True, height_ratios=heights)
         extent = (0, duration, -0.5, n_bands - 0.5)
         image = top.imshow(decibels, "magma", vmin=-80, vmax=0, extent=extent, origin="lower")
         top.set_yticks(np.interp(ticks, centres, np.arange(n_bands)), ticks, fontsize=7)
         top.set(aspect="auto", ylabel="frequency (Hz)")
         figure.colorbar(image, ax=top, label="power (dB, peak = 0)", pad=0.01, aspect=10)
-        mesh = bottom.pcolormesh(edges, rows, probabilities.T[order], cmap="Blues", vmin=0, vmax=1)
+        mesh = bottom.pcolormesh(edges, rows, scores.T, cmap="Blues", vmin=0, vmax=1)
         bottom.hlines(rows, 0, duration, color="white", linewidth=1)
-        bottom.set_yticks(range(len(order)), [tag_names[tag] for tag in order])
-        bottom.set(xlabel="time (s)", xlim=(0, duration), ylim=(len(order) - 0.5, -0.5))
-        figure.colorbar(mesh, ax=bottom, label="probability", pad=0.01, aspect=10)
+        bottom.set_yticks(range(len(tag_names)), tag_names)
+        bottom.set(xlabel="time (s)", xlim=(0, duration), ylim=(len(tag_names) - 0.5, -0.5))
+        figure.colorbar(mesh, ax=bottom, label="score", pad=0.01, aspect=10)
     return figure

@@ -1,11 +1,13 @@
 """Tag files and folders of music: print a line for each, draw pictures, or write a table that can be resumed."""
 
+import codecs
+import contextlib
 import csv
 import io
 import json
 import os
 import sys
-from pathlib import Path
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -17,17 +19,17 @@ from lib.dump import hex_crc32
 from lib.loader import load_ahead
 from lib.tagger import Tagger, audio_files
 
-LONGEST_NAME = 200  # bytes of a file's name in its picture's; file systems allow 255 in all
+LONGEST_NAME = 50  # characters of a file's name in its picture's: 200 bytes at most, of the usual 255
 ELSEWHERE = "--output names another folder"
 MOST_THREADS = 8  # files that are tagged at a time; each may be hours long
 
 
 def tag_files(settings, checkpoint_path):
     """Print the tags of the music of --tag, or write a table of them; return the exit status, 1 after an error."""
-    if not settings.tag:
-        raise InputError("--tag: needs audio files, or folders of them, after it")
-    if settings.csv and (settings.json or settings.taggram):
-        raise InputError("--csv: writes a table and nothing else; leave out --json and --taggram")
+    for path in settings.tag:
+        if not os.path.exists(path):
+            spaces = "; a name with spaces needs quotation marks" * (len(settings.tag) > 1)
+            raise InputError(f"{path}: no such file or folder{spaces}")
     folder = settings.output or checkpoint_path.parent  # of taggrams
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
     synthetic = "note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little"
@@ -39,7 +41,11 @@ def tag_files(settings, checkpoint_path):
     if n_others:
         print(f"note: {n_others:,} file(s) of other formats left out", file=sys.stderr)
     if settings.csv:
-        return min(1, tag_library(settings.csv, tagger, hex_crc32(checkpoint_path.read_bytes()), files))
+        # A word first: a spreadsheet would take some hexadecimal digits for a number
+        checkpoint = f"CRC-32 {hex_crc32(checkpoint_path.read_bytes())}"
+        return min(1, tag_library(settings.csv.resolve(), tagger, checkpoint, files))
+    if not settings.json:
+        print("note: * marks the scores that reach their tag's threshold", file=sys.stderr)
     try:
         return min(1, print_tags(settings, tagger, folder, files))
     except BrokenPipeError:  # the reader of the output, such as head, has read enough
@@ -47,7 +53,7 @@ def tag_files(settings, checkpoint_path):
 
 
 def tagged(tagger, files):
-    """Yield (path, samples, {tag: probability}, note) for each file; without tags, the note says why."""
+    """Yield (path, samples, {tag: score}, note) for each file; without tags, the note says why."""
 
     def tag(path):
         try:
@@ -65,8 +71,8 @@ def tagged(tagger, files):
 
 
 def print_tags(settings, tagger, folder, files):
-    """Print the most likely tags of each file, draw its taggram into `folder`; return the number of errors."""
-    found, pictures, n_errors = {}, {}, 0
+    """Print the first tags of each file, draw its taggram into `folder`; return the number of errors."""
+    found, n_errors = {}, 0
     try:
         for path, samples, tags, note in tagged(tagger, files):
             if note:
@@ -76,10 +82,12 @@ def print_tags(settings, tagger, folder, files):
                 continue
             found[str(path)] = tags = dict(list(tags.items())[: settings.top])
             if not settings.json:
-                print(f"{path}: {', '.join(f'{tag} {probability:.2f}' for tag, probability in tags.items())}")
+                above = tagger.above(tags)
+                listed = (f"{tag} {score:.2f}{'*' * (tag in above)}" for tag, score in tags.items())
+                print(f"{path}: {', '.join(listed)}")
             if settings.taggram:
-                with optional_picture(picture := picture_of(path, folder, pictures)):
-                    draw_taggram(tagger, samples, settings.top, path, picture)
+                with optional_picture(picture := picture_of(path, folder)):
+                    draw_taggram(tagger, samples, [*tags], path, picture)
     finally:  # after Ctrl-C too
         if settings.json:
             print(json.dumps(found, indent=1, allow_nan=False))
@@ -88,54 +96,77 @@ def print_tags(settings, tagger, folder, files):
 
 def tag_library(table, tagger, checkpoint, files):
     """Tag the files that the table lacks, appending a row after each; return how many got no tags."""
-    header = ["path", "seconds", *tagger.tag_names, "bytes", "modified", "checkpoint", "note"]
-    stamps = dict.fromkeys(map(str, files), ["", ""])  # size and modification time reveal a changed file
-    for file in filter(os.path.exists, files):
-        stamps[str(file)] = [str(os.path.getsize(file)), f"{os.path.getmtime(file):.3f}"]
+    # The last column is never empty: some spreadsheets leave out empty cells at the end of a row
+    header = ["path", "seconds", "tags", "note", *tagger.tag_names, "bytes", "modified", "checkpoint"]
+    stamps = {path: stamp_of(path) for path in (os.path.join(os.path.realpath(f.parent), f.name) for f in files)}
     n_errors, encoding = 0, {"newline": "", "errors": "surrogateescape"}
     with lock(table):
-        rows = rows_to_keep(table, header, stamps, checkpoint) if table.exists() else []
+        found = read_table(table, header, checkpoint) if table.exists() else []
+        n_moved = follow_moved(found, stamps)
+        rows = [row for row in found if row[-3:-1] == stamps.get(row[0], row[-3:-1])]
         with whole_file(table, "w", encoding="utf-8-sig", **encoding) as file:  # spreadsheets need the mark for UTF-8
             csv.writer(file).writerows([header, *rows])
         done = {row[0] for row in rows}
-        missing = [file for file in files if str(file) not in done]
-        print(f"{table}: already has {len(files) - len(missing):,} of {len(files):,} files")
+        missing, n_gone = [path for path in stamps if path not in done], sum(not os.path.exists(path) for path in done)
+        counts = {"moved": n_moved, "changed": len(found) - len(rows), "in rows of files that are gone": n_gone}
+        more = "".join(f"; {n_rows:,} {what}" for what, n_rows in counts.items() if n_rows)
+        print(f"{table}: already has {len(stamps) - len(missing):,} of {len(stamps):,} files{more}")
         with naming(table), open(table, "a", encoding="utf-8", **encoding) as file:
             for path, samples, tags, note in progress(tagged(tagger, missing), "tagging", len(missing), unit="file"):
                 n_errors += not tags
-                seconds = f"{len(samples) / SAMPLE_RATE:.1f}" if tags else ""
-                probabilities = [f"{tags[name]:.6f}" if tags else "" for name in tagger.tag_names]
-                csv.writer(file).writerow([path, seconds, *probabilities, *stamps[str(path)], checkpoint, note])
+                columns = [f"{len(samples) / SAMPLE_RATE:.1f}", "; ".join(tagger.above(tags))] if tags else ["", ""]
+                scores = [f"{tags[name]:.6f}" if tags else "" for name in tagger.tag_names]
+                csv.writer(file).writerow([path, *columns, note, *scores, *stamps[path], checkpoint])
                 file.flush()
-    print(f"{table}: {len(missing):,} rows added, {n_errors:,} of them without tags (the last column says why)")
+    print(f"{table}: {len(missing):,} rows added, {n_errors:,} of them without tags (the column note says why)")
     return n_errors
 
 
-def rows_to_keep(table, header, stamps, checkpoint):
-    """Return a table's rows, but a cut-off one and those with other `stamps`. Raises InputError for another table."""
-    text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
-    text = text[: text.rfind("\r\n") + 2] if text.startswith("path,seconds,") else "another file\n"
-    found, *rows = filter(None, csv.reader(io.StringIO(text, newline="")))
-    if found != header or any(len(row) != len(header) or row[-2] != checkpoint for row in rows):
-        raise InputError(f"{table}: not a table of this checkpoint; move it away, or give --csv another name")
-    return [row for row in rows if row[-4:-2] == stamps.get(row[0], row[-4:-2])]
+def stamp_of(path):
+    """Return a file's size in bytes and the time of its last change, as text: they reveal one that has changed."""
+    status = os.stat(path) if os.path.exists(path) else None
+    return [str(status.st_size), f"{status.st_mtime_ns // 10**6} ms"] if status else ["", ""]
 
 
-def picture_of(path, folder, pictures):
-    """Return the path of a file's taggram: its name, after as many folders as tell it from others in `pictures`."""
-    file = Path(os.path.abspath(path))
-    for n_parts in range(1, len(file.parts)):
-        name = "_".join(file.parts[-n_parts:])
-        if len(os.fsencode(name)) > LONGEST_NAME:
-            name = f"{hex_crc32(bytes(file))}_{name[-LONGEST_NAME // 4 :]}"  # 4 bytes a character at most
-        picture = folder / f"taggram_{name}.png"
-        if pictures.setdefault(picture, file) == file:
-            break
-    return picture
+def read_table(table, header, checkpoint):
+    """Return a table's rows, but a cut-off one, as written here or by a spreadsheet. Raises InputError for another."""
+    content = table.read_bytes()
+    for separator in ",;\t":
+        with contextlib.suppress(csv.Error, ValueError):  # of a file that is no table, or an empty one
+            # Our own may have file names that are not UTF-8
+            text = content.decode("utf-8-sig", "surrogateescape" if content.startswith(codecs.BOM_UTF8) else "strict")
+            found, *rows = filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+            if rows and (not text.endswith(("\n", "\r")) or len(rows[-1]) != len(header)):
+                rows.pop()
+            if found == header and all(len(row) == len(header) and row[-1] == checkpoint for row in rows):
+                return rows
+    raise InputError(f"{table}: not a table of this checkpoint, in UTF-8; move it away, or give --csv another name")
 
 
-def draw_taggram(tagger, samples, n_tags, path, picture):
-    """Draw an audio file's spectrogram above its most likely tags over time.
+def follow_moved(rows, stamps):
+    """Give the rows of files that have moved their new paths; return how many.
+
+    A file has moved if its row's path is gone, and one other file, without a row, has the same name and stamp.
+    """
+    gone, come = defaultdict(list), defaultdict(list)
+    for row in rows:
+        if not os.path.exists(row[0]):
+            gone[os.path.basename(row[0]), *row[-3:-1]].append(row)
+    for path in stamps.keys() - {row[0] for row in rows}:
+        come[os.path.basename(path), *stamps[path]].append(path)
+    moved = [(gone[file], come[file]) for file in gone if len(gone[file]) == len(come[file]) == 1]
+    for (row,), (path,) in moved:
+        row[0] = path
+    return len(moved)
+
+
+def picture_of(path, folder):
+    """Return the path of a file's taggram: the end of its name, and digits that tell it from others of that name."""
+    return folder / f"taggram_{path.name[-LONGEST_NAME:]}_{hex_crc32(os.fsencode(os.path.abspath(path)))}.png"
+
+
+def draw_taggram(tagger, samples, tags, path, picture):
+    """Draw an audio file's spectrogram above its `tags` over time.
 
     Each column, 120 at most and at least a second apart, is the network's answer for the 29.1 s around it; at both ends
     the recording is continued by its mirror image.
@@ -146,8 +177,8 @@ def draw_taggram(tagger, samples, n_tags, path, picture):
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
     mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
     clips = [mirrored[centre : centre + CLIP_SAMPLES] for centre in centres]
-    times, probabilities = centres / SAMPLE_RATE, tagger.probabilities(clips)
+    scores = tagger.scores(clips)[:, [tagger.tag_names.index(tag) for tag in tags]]
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
     title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-    figures.taggram(picture, spectrogram, tagger.tag_names, times, probabilities, title, n_tags, tagger.synthetic)
+    figures.taggram(picture, spectrogram, tags, centres / SAMPLE_RATE, scores, title, tagger.synthetic)
     print(f"  {picture}", file=sys.stderr)

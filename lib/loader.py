@@ -1,5 +1,6 @@
 """Batches of a dump on the training device, and predictions from them."""
 
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,19 +57,33 @@ def load_ahead(load, items, n_ahead, n_threads):
         pool.shutdown(cancel_futures=True)
 
 
-@torch.no_grad()
 def predict(net, loader, rows, batch_size):
-    """Return the probabilities of the dump's `rows`: (rows, tags) float64."""
+    """Return the scores, from 0 to 1, of the dump's `rows`: (rows, tags) float64."""
     net.eval()
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     bar = progress(loader.batches(batches), "predicting", len(batches), unit="batch", delay=1, leave=False)
-    with autocast(loader.device, loader.precision):
-        return to_probabilities(torch.cat([net(spectrograms) for spectrograms, _ in bar]))
+    return network_scores(net, (spectrograms for spectrograms, _ in bar), loader.device, loader.precision)
 
 
-def to_probabilities(logits):
-    """Return the sigmoid of `logits` as a NumPy array of float64. Raises InputError if one is NaN."""
-    probabilities = torch.sigmoid(logits.cpu().double()).numpy()  # on the CPU: Apple's GPUs have no float64
-    if np.isnan(probabilities).any():
+@torch.no_grad()
+def network_scores(net, batches, device, precision):
+    """Return the scores, from 0 to 1, of batches on `device`, (clips, tags) float64. Raises InputError for a NaN."""
+    with autocast(device, precision):
+        logits = torch.cat([net(spectrograms) for spectrograms in batches])
+    scores = torch.sigmoid(logits.cpu().double()).numpy()  # on the CPU: Apple's GPUs have no float64
+    if np.isnan(scores).any():
         raise InputError("the network's outputs are not finite; train again, with a lower --learning-rate")
-    return probabilities
+    return scores
+
+
+def hidden_values(net, compute):
+    """Return what the head of `net` is given while `compute()` runs in this thread: (clips, 500) float32."""
+    found, here = [], threading.get_ident()
+
+    def keep(head, inputs):
+        if threading.get_ident() == here:
+            found.append(inputs[0].float().cpu())
+
+    with net.head.register_forward_pre_hook(keep):
+        compute()
+    return torch.cat(found).numpy()

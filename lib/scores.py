@@ -9,23 +9,37 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, precision_score
+from sklearn.metrics import recall_score, roc_auc_score
 
 SCORES = {"roc_auc": roc_auc_score, "average_precision": average_precision_score}
 
 
-def of_each_tag(score, labels, probabilities):
-    """Return scikit-learn's `score` of each tag, (tags,), of (clips, tags) of labels, 0 or 1, and of probabilities."""
-    columns = zip(labels.T, probabilities.T)
+def of_each_tag(score, labels, predictions):
+    """Return scikit-learn's `score` of each tag, (tags,), of (clips, tags) of labels, 0 or 1, and of predictions."""
+    columns = zip(labels.T, predictions.T)
     return np.array([score(label, column) if np.ptp(label) else np.nan for label, column in columns])
 
 
-roc_auc = functools.partial(of_each_tag, roc_auc_score)  # of (labels, probabilities); transposed, of each clip
+def best_thresholds(labels, predictions):
+    """Return each tag's score from which on its F1 is highest: (tags,); 1, which none reaches, if no clip has it."""
+    found = np.ones(labels.shape[1])
+    for tag in np.flatnonzero(labels.any(axis=0)):
+        precision, recall, thresholds = precision_recall_curve(labels[:, tag], predictions[:, tag])
+        f1 = precision * recall / np.maximum(precision + recall, 1e-12)  # half of F1, their harmonic mean
+        found[tag] = thresholds[np.argmax(f1[:-1])]  # the curve's last point is above all predictions
+    return found
 
 
-def precision_at(k, labels, probabilities):
+roc_auc = functools.partial(of_each_tag, roc_auc_score)  # of (labels, predictions); transposed, of each clip
+# Of (labels, whether each tag is given); a tag that no clip is given has no precision
+precision = functools.partial(of_each_tag, functools.partial(precision_score, zero_division=np.nan))
+OF_GIVEN_TAGS = {"precision": precision, "recall": functools.partial(of_each_tag, recall_score)}
+
+
+def precision_at(k, labels, predictions):
     """Return the share of true tags among each clip's k most likely: (clips,), NaN for a clip without tags."""
-    likeliest = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    likeliest = np.argsort(-predictions, axis=1, kind="stable")[:, :k]
     precision = np.take_along_axis(labels, likeliest, axis=1).mean(axis=1)
     return np.where(labels.any(axis=1), precision, np.nan)
 
@@ -72,8 +86,8 @@ class Scores(NamedTuple):
         return Scores(self.per_tag - other.per_tag, self.resampled - other.resampled, least=-1)
 
 
-def scores_of(labels, probabilities, groups, n_resamples, seed):
-    """Return the Scores of (clips, tags) of probabilities, with resamples of whole groups, drawn with replacement.
+def scores_of(labels, predictions, groups, n_resamples, seed):
+    """Return the Scores of (clips, tags) of predictions, with resamples of whole groups, drawn with replacement.
 
     `groups` has the name or number of each clip's group. With one group per track, the resamples vary as much
     as new samples of tracks would.
@@ -81,8 +95,8 @@ def scores_of(labels, probabilities, groups, n_resamples, seed):
     names, groups = np.unique(groups, return_inverse=True)
     drawn = np.random.default_rng(seed).integers(0, len(names), (n_resamples, len(names)))
     weights = np.stack([np.bincount(row, minlength=len(names))[groups] for row in drawn]).astype(np.int32)
-    of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, probabilities.T)]
-    per_tag = [of_each_tag(score, labels, probabilities) for score in SCORES.values()]
+    of_tags = [weighted_scores(label, column, weights) for label, column in zip(labels.T, predictions.T)]
+    per_tag = [of_each_tag(score, labels, predictions) for score in SCORES.values()]
     return Scores(np.array(per_tag), np.moveaxis(of_tags, 0, 2))
 
 
@@ -130,5 +144,5 @@ def all_scores(results, path=""):
         results = {row["tag"]: row for row in results}
     if isinstance(results, dict):
         return {name: x for key in results for name, x in all_scores(results[key], f"{path} {key}".lstrip()).items()}
-    is_score = re.search(r"(roc_auc|average_precision| value|precision_at \d|roc_auc_of_other_\w+)$", path)
+    is_score = re.search(r"(roc_auc|average_precision| value|_at \d|roc_auc_of_other_\w+|at_thresholds \w+)$", path)
     return {path.removesuffix(" value"): results} if is_score else {}

@@ -1,7 +1,9 @@
 """Tag music with a trained network: audio files, or arrays of samples, of any length."""
 
+import itertools
 import os
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -9,23 +11,26 @@ import torch
 from lib.audio import AUDIO_EXTENSIONS, CLIP_SAMPLES, CLIP_SAMPLES_READ, HOP_LENGTH, load, log_mel, resample
 from lib.checkpoint import cautions, load_checkpoint, load_network
 from lib.common import InputError
-from lib.loader import to_probabilities
-from lib.parallel import autocast, choose_device
+from lib.loader import hidden_values, network_scores
+from lib.parallel import choose_device
 
 BATCH_SIZE = 3  # clips: more are no faster, and several files are tagged at a time
 
 
 class Tagger:
-    """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: probability}, likeliest first.
+    """A trained network: Tagger("experiments/paper/best.pt")("song.mp3") returns {tag: score}, scores from 0 to 1.
 
-    It can also be called with an array and its sample rate in Hz, as soundfile.read returns them: floating-point
-    numbers of full scale 1, (samples,) or (samples, channels). `precision` is one of trainer.py's, or "checkpoint" for
-    the one that it was trained in. Raises InputError for a checkpoint or audio that can't be used.
+    First comes the tag of the largest score / threshold. `thresholds`, {tag: score}, are those of best F1 on validation
+    clips, 1 for a tag that none of them has. It can also be called with an array and its sample rate in Hz, as
+    soundfile.read returns them: floating-point numbers of full scale 1, (samples,) or (samples, channels). `precision`
+    is one of trainer.py's, or "checkpoint" for the one that it was trained in. Raises InputError for a checkpoint or
+    audio that can't be used.
     """
 
     def __init__(self, checkpoint_path, device="auto", precision="checkpoint"):
         checkpoint = load_checkpoint(checkpoint_path)
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
+        self.thresholds = dict(zip(self.tag_names, checkpoint["thresholds"].tolist()))
         self.cautions = [*cautions(checkpoint)]
         self.device = choose_device(device)
         self.net, self.precision = load_network(checkpoint, self.device, precision)
@@ -33,6 +38,11 @@ class Tagger:
 
     def __call__(self, audio, sample_rate=None):
         return self.tags(self.samples(audio, sample_rate))
+
+    def features(self, audio, sample_rate=None):
+        """Return what the last layer is given, the mean over a recording's windows: (500,) float32."""
+        clips = windows(self.samples(audio, sample_rate))
+        return hidden_values(self.net, lambda: self.scores(clips)).mean(axis=0)
 
     def samples(self, audio, sample_rate=None):
         """Return the samples of a file or an array in mono at 11,025 Hz: (samples,) float32, full scale 1."""
@@ -50,17 +60,20 @@ class Tagger:
         spectrograms = np.stack([log_mel(clip) for clip in clips])
         return torch.from_numpy((spectrograms - self.mean) / self.std)[:, None].to(getattr(torch, self.precision))
 
-    @torch.no_grad()
-    def probabilities(self, clips):
-        """Return the probabilities for clips at 11,025 Hz: (clips, tags) float64."""
+    def scores(self, clips):
+        """Return the scores for clips at 11,025 Hz: (clips, tags) float64."""
         batches = (self.spectrograms(clips[start : start + BATCH_SIZE]) for start in range(0, len(clips), BATCH_SIZE))
-        with autocast(self.device, self.precision):
-            return to_probabilities(torch.cat([self.net(batch.to(self.device)).cpu() for batch in batches]))
+        return network_scores(self.net, (batch.to(self.device) for batch in batches), self.device, self.precision)
 
     def tags(self, samples):
-        """Return {tag: probability}, the most likely first: the mean over the windows of samples at 11,025 Hz."""
-        mean = self.probabilities(windows(samples)).mean(axis=0)
-        return {self.tag_names[tag]: float(mean[tag]) for tag in np.argsort(-mean, kind="stable")}
+        """Return {tag: score}, the means over the windows of samples at 11,025 Hz, largest score / threshold first."""
+        mean = self.scores(windows(samples)).mean(axis=0)
+        order = np.argsort(-mean / [*self.thresholds.values()], kind="stable")
+        return {self.tag_names[tag]: float(mean[tag]) for tag in order}
+
+    def above(self, tags):
+        """Return those of `tags`, as a call returns them, whose scores reach their thresholds."""
+        return [tag for tag, score in tags.items() if score >= self.thresholds[tag]]
 
 
 def windows(samples):
@@ -79,15 +92,13 @@ def windows(samples):
 
 
 def audio_files(paths):
-    """Return `paths` with each folder replaced by its audio files, and how many other files the folders hold.
+    """Return `paths` with the songs of playlists and the audio files of folders, and how many others the folders hold.
 
     Linked folders are followed, hidden ones are not, and each is read once. One that can't be listed, or without audio,
     stays in the list and becomes an error like that of a file.
     """
     files, n_others, seen = [], 0, set()
-    for path in paths:
-        if os.path.realpath(path) in seen:
-            continue
+    for path in itertools.chain.from_iterable(map(songs_of, paths)):
         unlisted, audio, repeated = [], [], False  # `unlisted` is the path itself if it is a file
         walk = os.walk(path, onerror=lambda error: unlisted.append(Path(error.filename)), followlinks=True)
         for folder, folders, names in walk:
@@ -102,3 +113,13 @@ def audio_files(paths):
             n_others += len(inside) - len(found)
         files += [*sorted(audio), *unlisted] or [path] * (not repeated)
     return list(dict.fromkeys(files)), n_others
+
+
+def songs_of(path):
+    """Return the paths in an M3U playlist, of which some programs make URLs, or else the `path` itself."""
+    if path.suffix.lower() not in (".m3u", ".m3u8") or not path.is_file():
+        return [path]
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if "\0" not in text]  # else it is no text
+    songs = [unquote(line[7:]) if line.startswith("file://") else line for line in lines if line]
+    return [path.parent / song for song in songs if not song.startswith("#")] or [path]

@@ -308,9 +308,9 @@ def time_epochs(scratch, *options):
         return loss
 
     def timed_predict(*arguments):
-        probabilities = predict(*arguments)
+        predictions = predict(*arguments)
         times.append(timeit.default_timer())
-        return probabilities
+        return predictions
 
     train_epoch, trainer.train_epoch, trainer.predict = trainer.train_epoch, timed_epoch, timed_predict
     run_script(trainer, "--experiments", scratch, "--overwrite", *options)

@@ -120,9 +120,9 @@ def test_steps_and_predictions_are_the_cpus_and_the_host_waits_in_none(small, gp
             gpus.waits.clear()
             loss = trainer.train_epoch(net, optimizer, loader, batches, epoch, compute)
             assert gpus.waits == (["tolist"] if device.type == "cuda" else []), "the losses are read at the end"
-            probabilities = predict(net, loader, np.arange(4), batch_size=2)
+            predictions = predict(net, loader, np.arange(4), batch_size=2)
             assert gpus.waits == (["tolist", "cpu"] if device.type == "cuda" else [])
-        found[name] = {"loss": loss, "probabilities": torch.from_numpy(probabilities)}
+        found[name] = {"loss": loss, "predictions": torch.from_numpy(predictions)}
         found[name] |= {key: weights.cpu() for key, weights in net.state_dict().items()}
     assert same_checkpoint(found["cpu"], found["cuda"]) and same_checkpoint(found["cpu"], found["graph"])
     assert gpus.n_replays == 9, "of the twelve batches of one clip, three come before the recording"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_score, recall_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -61,7 +61,7 @@ def evaluated(tmp_path_factory):
     return folder
 
 
-def test_the_script_scores_validation_and_test(evaluated, call_script):
+def test_the_script_scores_validation_and_test(evaluated, call_script, tmp_path):
     arguments = ["--device", "cpu", "--data", evaluated, "--checkpoint", evaluated / "best.pt", "--resamples", 50]
     (evaluated / "results.json").mkdir()
     done = call_script("evaluate.py", *arguments, status=1)
@@ -78,19 +78,19 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
     net = load_network(load_checkpoint(evaluated / "best.pt"), torch.device("cpu"))[0]
     clips = np.concatenate([np.load(evaluated / f"spectrograms_{index}.npy") for index in range(3)])[29:]
     with torch.no_grad():
-        probabilities = torch.sigmoid(net(torch.from_numpy((clips[:, None] + 5) / 3)).double()).numpy()
+        predictions = torch.sigmoid(net(torch.from_numpy((clips[:, None] + 5) / 3)).double()).numpy()
 
     test = results["test"]
     for name, score in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
-        of_tags = score(labels, probabilities, average=None)
+        of_tags = score(labels, predictions, average=None)
         assert [row[name] for row in test["tags"]] == pytest.approx(of_tags)
         assert test[name]["value"] == pytest.approx(np.mean(of_tags))
         assert all(row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for row in test["tags"])
     assert [row["positives"] for row in test["tags"]] == labels.sum(axis=0).tolist()
     assert [row["prevalence"] for row in test["tags"]] == pytest.approx(labels.mean(axis=0))
-    of_clips = [roc_auc_score(*clip) for clip in zip(labels, probabilities) if 0 < sum(clip[0]) < 3]
+    of_clips = [roc_auc_score(*clip) for clip in zip(labels, predictions) if 0 < sum(clip[0]) < 3]
     assert test["clip_roc_auc"] == pytest.approx(np.mean(of_clips))
-    tagged = [clip for clip in zip(labels, probabilities) if any(clip[0])]
+    tagged = [clip for clip in zip(labels, predictions) if any(clip[0])]
     assert set(test["precision_at"]) == {"1", "3", "5"}
     assert test["precision_at"]["1"] == pytest.approx(np.mean([label[np.argmax(values)] for label, values in tagged]))
     assert test["precision_at"]["3"] == pytest.approx(np.mean([label.mean() for label, _ in tagged]))
@@ -105,7 +105,7 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
         f" network - baseline ROC-AUC {of(baseline['network_minus_baseline']['roc_auc'])}",
     ):
         assert line in printed
-    for name, expected in (("predictions", probabilities), ("labels", labels)):
+    for name, expected in (("predictions", predictions), ("labels", labels)):
         header, *rows = csv.reader((evaluated / f"{name}_test.csv").open())
         assert header == ["clip_id", "mp3_path", "slow", "guitar", "flute"]
         assert [row[:2] for row in rows] == [
@@ -124,19 +124,35 @@ def test_the_script_scores_validation_and_test(evaluated, call_script):
         header, *rows = csv.reader(file)
     assert header == ["clip_id", "mp3_path", "slow", "guitar", "flute"]
     assert [row[:2] for row in rows] == [[str(101 + clip), f"{'09cdf'[clip % 5]}/{clip}.mp3"] for clip in range(29, 40)]
-    assert np.allclose(np.array([row[2:] for row in rows], float), probabilities, atol=1e-6)
-    assert "baseline" not in call_script("evaluate.py", *arguments, "--no-baseline").stdout
+    assert np.allclose(np.array([row[2:] for row in rows], float), predictions, atol=1e-6)
+    thresholds = [*np.sort(predictions, axis=0)[[5, 2], [0, 1]], 1]
+    made = {"dump": Dump(evaluated).fingerprint, "thresholds": torch.tensor(thresholds)}
+    arguments[arguments.index("--checkpoint") + 1] = make_checkpoint(tmp_path / "best.pt", **made)
+    printed = call_script("evaluate.py", *arguments, "--no-baseline").stdout
+    assert "baseline" not in printed
+    table = list(csv.DictReader((tmp_path / "per_tag.csv").open()))[3:]
+    for row, label, values, threshold in zip(table, labels.T, predictions.T, thresholds):
+        given = values >= threshold
+        recall, precision = recall_score(label, given), precision_score(label, given) if any(given) else np.nan
+        expected = pytest.approx([threshold, precision, recall], nan_ok=True)
+        assert [float(row[name]) for name in ("threshold", "precision", "recall")] == expected
+        shown = f"{threshold:.3f} {'-' if np.isnan(precision) else f'{precision:.3f}'} {recall:.3f}"
+        assert re.search(f"^{row['tag']} .* {shown}$", re.sub(" +(?=[ \n])", "", printed), re.MULTILINE)
     assert all((evaluated / picture).exists() for picture in ("per_tag.png", "correlations.png"))
 
 
 @pytest.fixture
 def call_evaluate(call_script, monkeypatch):
-    """Return a function that runs evaluate.py on a folder's best.pt, with given predictions of all clips."""
+    """Return a function that runs evaluate.py on a folder's best.pt, with given predictions of all clips.
 
-    def call(folder, probabilities, *options):
-        monkeypatch.setattr(evaluate.Evaluation, "predict", lambda self, rows: probabilities[rows])
-        call_script("evaluate.py", "--data", folder, "--checkpoint", folder / "best.pt", "--device", "cpu", *options)
-        return json.loads((folder / "results.json").read_text())
+    It returns the contents of results.json, and what was "printed".
+    """
+
+    def call(folder, predictions, *options):
+        monkeypatch.setattr(evaluate.Evaluation, "predict", lambda self, rows: predictions[rows])
+        arguments = ["--data", folder, "--checkpoint", folder / "best.pt", "--device", "cpu"]
+        printed = call_script("evaluate.py", *arguments, *options).stdout
+        return {**json.loads((folder / "results.json").read_text()), "printed": printed}
 
     return call
 
@@ -148,11 +164,11 @@ def test_intervals_group_by_track_and_leakage_is_what_sets_say(tmp_path, call_ev
     rows = {"train": [*range(32), 40, 44, 60], "validation": [*range(32, 40)], "test": test}
     clip_ids = {part: torch.tensor(some) + 101 for part, some in rows.items()}
     make_checkpoint(tmp_path / "best.pt", dump=Dump(tmp_path).fingerprint, clip_ids=clip_ids)
-    probabilities = np.random.default_rng(0).random((32, 3)).repeat(4, axis=0)
+    predictions = np.random.default_rng(0).random((32, 3)).repeat(4, axis=0)
 
     def evaluated(n_of_a_track, *options):
         write_clip_info(tmp_path, n_of_a_track)
-        results = call_evaluate(tmp_path, probabilities, "--no-baseline", "--resamples", 400, *options)["test"]
+        results = call_evaluate(tmp_path, predictions, "--no-baseline", "--resamples", 400, *options)["test"]
         return results, results["roc_auc"]["high"] - results["roc_auc"]["low"]
 
     by_track, width = evaluated(4)
@@ -166,7 +182,7 @@ def test_intervals_group_by_track_and_leakage_is_what_sets_say(tmp_path, call_ev
             fresh = [row for row in test if row // size not in trained_on]
             assert found["leakage"][f"share_of_{kind}"] == np.mean([row // size in trained_on for row in test])
             assert found["leakage"][f"clips_of_other_{kind}s"] == len(fresh)
-            auc = roc_auc_score(labels[fresh], probabilities[fresh])
+            auc = roc_auc_score(labels[fresh], predictions[fresh])
             assert found["leakage"][f"roc_auc_of_other_{kind}s"] == pytest.approx(auc)
 
 
@@ -183,8 +199,8 @@ def test_the_baseline_is_trained_on_the_training_clips_alone(evaluated, call_eva
         return labels, rows_of
 
     monkeypatch.setattr(evaluate, "baseline_predictions", remembered)
-    probabilities = np.random.default_rng(0).random((40, 3))
-    results = call_evaluate(evaluated, probabilities)
+    predictions = np.random.default_rng(0).random((40, 3))
+    results = call_evaluate(evaluated, predictions)
     clips = np.concatenate([np.load(evaluated / f"spectrograms_{index}.npy") for index in range(3)])
     features = np.hstack([clips.mean(axis=2, dtype=float), clips.std(axis=2, dtype=float)])
     labels = np.load(evaluated / "tags.npy")[:, [2, 0, 1]]
@@ -194,13 +210,45 @@ def test_the_baseline_is_trained_on_the_training_clips_alone(evaluated, call_eva
         )
         assert predicted[0][:, tag] == pytest.approx(model.predict_proba(features)[:, 1], abs=1e-4)
     for part, rows in (("validation", slice(20, 29)), ("test", slice(29, 40))):
-        its, ours = (roc_auc_score(labels[rows], each[rows]) for each in (predicted[0], probabilities))
+        its, ours = (roc_auc_score(labels[rows], each[rows]) for each in (predicted[0], predictions))
         found = results[part]["baseline"]
         assert found["roc_auc"]["value"] == pytest.approx(its)
         assert found["network_minus_baseline"]["roc_auc"]["value"] == pytest.approx(ours - its)
     monkeypatch.setattr(evaluate, "clips_of", with_other_test_labels)
-    assert call_evaluate(evaluated, probabilities)["test"]["roc_auc"] != results["test"]["roc_auc"]
+    assert call_evaluate(evaluated, predictions)["test"]["roc_auc"] != results["test"]["roc_auc"]
     assert np.array_equal(*predicted)
+
+
+def test_a_probe_is_trained_on_another_networks_features(evaluated, call_evaluate, tmp_path):
+    """A network of two other tags, another normalisation and three of the test clips."""
+    normalization = {"mean": torch.full((128,), -4.0), "std": torch.full((128,), 2.0)}
+    parts = {"clip_ids": ids_of(train=(132, 135), validation=(1, 2), test=(2, 3)), "dump": Dump(evaluated).fingerprint}
+    other = make_checkpoint(tmp_path / "other.pt", n_tags=2, seed=1, normalization=normalization, **parts)
+    predictions = np.random.default_rng(0).random((40, 3))
+    found = call_evaluate(evaluated, predictions, "--probe", other)
+    assert found["printed"].startswith(
+        "note: of the test set, that checkpoint, or one before it, has seen 3 clips for cer"
+    )
+    net = MultiScaleCNN(2)
+    net.load_state_dict(load_checkpoint(other)["weights"])
+    net.head = torch.nn.Identity()
+    net.head.weight = torch.zeros(1)  # which says the precision
+    clips = np.concatenate([np.load(evaluated / f"spectrograms_{index}.npy") for index in range(3)])
+    with torch.no_grad():
+        hidden = net.eval()(torch.from_numpy((clips[:, None] + 4) / 2)).numpy()
+    labels, expected = np.load(evaluated / "tags.npy")[:, [2, 0, 1]], np.empty((40, 3))
+    for tag, label in enumerate(labels.T):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=1000)).fit(hidden[:20], label[:20])
+        expected[:, tag] = model.predict_proba(hidden)[:, 1]
+    for part, rows in (("validation", slice(20, 29)), ("test", slice(29, 40))):
+        its, ours = (roc_auc_score(labels[rows], each[rows]) for each in (expected, predictions))
+        assert found[part]["probe"]["roc_auc"]["value"] == pytest.approx(its)
+        assert found[part]["probe"]["network_minus_probe"]["roc_auc"]["value"] == pytest.approx(ours - its)
+    interval = "{value:.4f} [{low:.4f}, {high:.4f}]".format_map(
+        found["test"]["probe"]["network_minus_probe"]["roc_auc"]
+    )
+    assert f"\n  network - probe    ROC-AUC {interval}" in found["printed"]
+    assert call_evaluate(evaluated, predictions)["test"]["probe"] is None
 
 
 def test_names_alone_by_hand():
@@ -232,8 +280,8 @@ def test_how_well_labels_repeat_by_hand():
 
 def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, call_evaluate, capsys, tmp_path):
     """Tracks are pairs of clips, albums four, artists eight; the split by artist leaves names nothing to go by."""
-    probabilities = np.random.default_rng(0).random((40, 3))
-    labels, found = np.load(evaluated / "tags.npy")[:, [2, 0, 1]], call_evaluate(evaluated, probabilities)
+    predictions = np.random.default_rng(0).random((40, 3))
+    labels, found = np.load(evaluated / "tags.npy")[:, [2, 0, 1]], call_evaluate(evaluated, predictions)
     expected = np.empty((40, 3))
     for clip in range(40):
         p = labels[:20].mean(axis=0)
@@ -245,7 +293,7 @@ def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, c
         row, differences = found[part]["names_only"], []
         for name, score in (("roc_auc", roc_auc_score), ("average_precision", average_precision_score)):
             assert row[name]["value"] == pytest.approx(score(labels[rows], expected[rows]))
-            differences.append(score(labels[rows], probabilities[rows]) - score(labels[rows], expected[rows]))
+            differences.append(score(labels[rows], predictions[rows]) - score(labels[rows], expected[rows]))
         its = [row["network_minus_names_only"][name]["value"] for name in scores.SCORES]
         assert its == pytest.approx(differences)
     evaluate.print_part("test", found["test"])
@@ -269,7 +317,7 @@ def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, c
     settings = evaluate.Settings(data=evaluated, resamples=9, device="cpu")
     one = evaluate.Evaluation(settings, by_artist)
     names_only = names_only_predictions(one.labels, one.rows["train"], one.origins)
-    result = evaluate.score_part(one, one.rows["test"], probabilities[one.rows["test"]], (None, names_only))
+    result = evaluate.score_part(one, one.rows["test"], predictions[one.rows["test"]], (None, names_only))
     assert result["names_only"]["roc_auc"] == {"value": 0.5, "low": 0.5, "high": 0.5} and result["baseline"] is None
     assert result["leakage"]["share_of_artist"] == 0
     other = evaluate.Evaluation(settings, by_artist)
@@ -326,7 +374,7 @@ def test_two_experiments_are_compared_on_clips_that_both_held_out(evaluated, cal
     expected = roc_auc_score(labels, ours) - roc_auc_score(labels, theirs)
     assert expected != 0 and comparison["roc_auc"]["value"] == pytest.approx(expected)
     by_track = np.arange(29, 40) // 2, 20, evaluate.Settings().seed
-    ours, theirs = (scores.scores_of(labels, probabilities, *by_track) for probabilities in (ours, theirs))
+    ours, theirs = (scores.scores_of(labels, predictions, *by_track) for predictions in (ours, theirs))
     assert comparison["roc_auc"] == pytest.approx(ours.minus(theirs).macro()["roc_auc"])
     refused = call_script("evaluate.py", *arguments, "--against", "seen", status=1).stderr
     assert "5 clips of the two test sets were trained or chosen on" in refused and refused.count("\n") == 1
@@ -393,6 +441,7 @@ def test_several_seeds_are_one_experiment(evaluated, call_script, tmp_path, monk
         ("test average_precision", lambda test: test["average_precision"]["value"]),
         ("test clip_roc_auc", lambda test: test["clip_roc_auc"]),
         ("test precision_at 3", lambda test: test["precision_at"]["3"]),
+        ("test at_thresholds recall", lambda test: test["at_thresholds"]["recall"]),
         ("test tags guitar average_precision", lambda test: test["tags"][1]["average_precision"]),
         ("test baseline roc_auc", lambda test: test["baseline"]["roc_auc"]["value"]),
         (
@@ -408,9 +457,9 @@ def test_several_seeds_are_one_experiment(evaluated, call_script, tmp_path, monk
         assert f"\n  {score:<66}{mean:.4f} ± {deviation:.4f}\n" in printed
     values = [found[name]["validation"]["roc_auc"]["value"] for name in names]
     assert float(table["validation roc_auc"]["mean"]) == pytest.approx(np.mean(values)) and len({*values}) == 3
-    # of each part: both scores, macro, of the network, both rivals and both differences; 4 within clips; 3 of other
-    # origins; and of 3 tags in the test
-    assert len(table) == 2 * (2 * (1 + 4) + 4 + 3) + 2 * 3
+    # of each part: both scores, macro, of the network, both rivals and both differences; 4 within clips; 2 at the
+    # thresholds; 3 of other origins; and of 3 tags in the test
+    assert len(table) == 2 * (2 * (1 + 4) + 4 + 2 + 3) + 2 * 3
 
 
 def test_experiments_that_differ_in_more_than_their_seeds_are_no_seeds_of_one(evaluated, call_script, tmp_path):
@@ -434,7 +483,6 @@ def test_experiments_that_differ_in_more_than_their_seeds_are_no_seeds_of_one(ev
         (["one", "same_seed"], "have the same seed"),
         (["one", "longer", "--against", "one"], "--name: takes one experiment"),
         (["one", "longer", "--checkpoint", "x"], "--name: takes one experiment"),
-        (["one", "longer", "--tag", "x.mp3"], "--name: takes one experiment"),
         ([], "--name: takes one experiment"),
     ):
         done = call_script("evaluate.py", *arguments, *names, status=1)
@@ -466,9 +514,11 @@ def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, v
     assert printed.splitlines()[-1].startswith(verdict) and ("differs clearly" in printed) == ("better" in verdict)
     assert "note: note 1\n" in printed
     part = {"clips": 9, **macro, "clip_roc_auc": 0.5, "precision_at": {}, "one_class": [], "leakage": None}
+    part["at_thresholds"] = {"precision": 0.6, "recall": 0.7}
     rivals = {name: {**macro, f"network_minus_{name}": macro} for name in ("baseline", "names_only")}
     evaluate.print_part("test", {**part, "seen_before": 0, "seen_before_by_id": 0, **rivals})
     printed = capsys.readouterr().out
+    assert "at the thresholds  precision 0.6000, recall 0.7000  macro" in printed
     for rival in ("a logistic regression", "the labels of artist and album"):
         assert (f": not clearly better than {rival}" in printed) == (low < 0 < high)
         assert (f": clearly worse than {rival}" in printed) == (high < 0)
@@ -509,22 +559,23 @@ def test_the_network_computes_in_the_checkpoints_precision(hyperparameters, aske
     found, checkpoint, device = evaluation.predict(np.arange(3)), evaluation.checkpoint, torch.device("cpu")
     spectrograms = torch.from_numpy((evaluation.dump.spectrograms[0][:3, None] + 5) / 3)
 
-    def probabilities(precision):
+    def predictions(precision):
         net, _ = load_network(checkpoint, device, precision)
         with torch.no_grad(), autocast(device, precision):
             return torch.sigmoid(net(spectrograms.to(getattr(torch, precision))).double()).numpy()
 
-    assert np.array_equal(found, probabilities(expected))
-    assert (expected == "float32") == np.array_equal(found, probabilities("float32"))
+    assert np.array_equal(found, predictions(expected))
+    assert (expected == "float32") == np.array_equal(found, predictions("float32"))
     tagger = evaluate.Tagger(path, "cpu", asked)
     tagger.spectrograms = lambda clips: clips.to(getattr(torch, expected))
-    assert np.array_equal(found, tagger.probabilities(spectrograms))
+    assert np.array_equal(found, tagger.scores(spectrograms))
 
 
 def test_few_clips_and_few_steps_are_said(monkeypatch):
     """Of 20 training clips in batches of 2, none across a super-batch of 5: 3 + 3 + 3 + 3 = 12 steps an epoch."""
     trained = HYPERPARAMETERS | {"network": "MultiScaleCNN", "batch_size": 2, "super_batch_size": 5}
-    checkpoint = {"tag_names": ["slow"], "hyperparameters": trained, "seen_before": []}
+    thresholds = torch.tensor([0.3], dtype=torch.float64)
+    checkpoint = {"tag_names": ["slow"], "hyperparameters": trained, "seen_before": [], "thresholds": thresholds}
     for epoch, n_validation, n_said, words in (
         (25, 30, 0, []),  # 0.99 ** 300 is 4.9%
         (24, 30, 1, ["at step 288", "running averages are 6%"]),
@@ -587,9 +638,9 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(tmp_path):
 
 def test_the_clips_that_are_worth_a_listen():
     labels = np.array([[0], [0], [1], [1], [0]])
-    probabilities = np.array([[0.1], [0.9], [0.2], [0.7], [0.5]])
+    predictions = np.array([[0.1], [0.9], [0.2], [0.7], [0.5]])
     clips = [(clip, f"{clip}.mp3") for clip in range(5)]
-    header, *rows = evaluate.worth_a_listen(clips, ["slow"], labels, probabilities)
+    header, *rows = evaluate.worth_a_listen(clips, ["slow"], labels, predictions)
     assert [row[3] for row in rows] == [1, 4, 0, 2, 3]
     assert dict(zip(header, rows[0])) == {
         "tag": "slow", "annotators": 0, "network": "0.9000", "clip_id": 1, "mp3_path": "1.mp3"

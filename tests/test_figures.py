@@ -88,12 +88,12 @@ def test_one_clip_has_no_correlations(tmp_path):
     assert np.array_equal(annotated.images[0].get_array(), np.eye(3))
 
 
-def test_a_taggram_has_seconds_hertz_and_the_likeliest_tags_on_top(tmp_path):
-    probabilities = np.array([[0.2, 0.6, 0.1, 0], [0.4, 0.7, 0.9, 0], [0.3, 0.8, 0.8, 0]])
-    arguments = np.zeros((128, 628)), list("0123"), np.array([10, 12, 20]), probabilities, r"$\no formula$.mp3", 3
+def test_a_taggram_has_seconds_hertz_and_the_first_tags_on_top(tmp_path):
+    scores = np.array([[0.6, 0.1, 0.2], [0.7, 0.9, 0.4], [0.8, 0.8, 0.3]])
+    arguments = np.zeros((128, 628)), list("120"), np.array([10, 12, 20]), scores, r"$\no formula$.mp3"
     top, bottom, *_ = axes_of(figures.taggram, tmp_path, *arguments)
     assert names(bottom.yaxis) == ["1", "2", "0"]
-    assert np.allclose(bottom.collections[0].get_array(), probabilities.T[[1, 2, 0]])
+    assert np.allclose(bottom.collections[0].get_array(), scores.T)
     assert np.allclose(bottom.collections[0].get_coordinates()[0, :, 0], [0, 11, 16, 628 * 512 / 11025])
     hertz = mel_frequencies(130, fmin=0, fmax=11025 / 2)[1:-1]  # of the bands' centres
     assert np.allclose(np.interp(top.get_yticks(), range(128), hertz), [int(name) for name in names(top.yaxis)])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from lib import scores
 
@@ -25,6 +25,24 @@ def test_per_tag_scores_are_scikit_learns(predictions):
         found = scores.of_each_tag(scores.SCORES[name], labels, ours)
         assert found[:3] == pytest.approx(score(labels[:, :3], ours[:, :3], average=None)) and np.isnan(found[3])
         assert scores.macro(found) == pytest.approx(score(labels[:, :3], ours[:, :3], average="macro"))
+
+
+def test_a_tags_threshold_is_the_one_of_best_f1_and_the_lowest_of_equals(predictions):
+    labels, ours, _, _ = predictions
+    found = scores.best_thresholds(labels, ours)
+    for tag in range(3):
+        of_f1 = {value: f1_score(labels[:, tag], ours[:, tag] >= value) for value in ours[:, tag]}
+        best = max(of_f1.values())
+        assert found[tag] == min(value for value, f1 in of_f1.items() if f1 == pytest.approx(best))
+    assert found[3] == 1, "no clip has it"
+    precision, recall = (score(labels, ours >= found) for score in scores.OF_GIVEN_TAGS.values())
+    for tag in range(3):
+        given = ours[:, tag] >= found[tag]
+        assert precision[tag] == labels[given, tag].mean() and recall[tag] == given[labels[:, tag] == 1].mean()
+    assert scores.best_thresholds(np.array([[0], [1], [0]]), np.array([[0.1], [0.1], [0.1]])) == [0.1]
+    assert scores.best_thresholds(np.array([[1], [1]]), np.array([[0.3], [0.1]])) == [0.1]
+    never_given = scores.OF_GIVEN_TAGS["precision"](labels, np.zeros_like(labels))
+    assert np.isnan(never_given).all(), "there is none of a tag that no clip is given"
 
 
 def test_intervals_are_those_of_a_loop_that_draws_whole_tracks(predictions):

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,10 +89,25 @@ def test_a_folder_is_followed_through_links_once_and_its_hidden_folders_are_not(
     assert audio_files([album, tmp_path / "none"])[0] == [album / "1.mp3", tmp_path / "none"]
 
 
-def test_a_picture_has_a_name_that_file_systems_allow(tmp_path):
-    pictures, songs = {}, [tmp_path / folder / f"{'ä' * 120}.mp3" for folder in ("one", "two")]
-    names = [picture_of(song, tmp_path, pictures).name for song in songs]
-    assert names[0] != names[1] and max(len(os.fsencode(f"{name}.partial")) for name in names) <= 255
+def test_a_playlist_means_its_songs(tmp_path):
+    lines = ["\ufeff#EXTM3U", "#EXTINF:9,One", " one ü.mp3 ", "", "/music/two.mp3", "file:///music/a%20song.mp3"]
+    songs = [tmp_path / "one ü.mp3", Path("/music/two.mp3"), Path("/music/a song.mp3")]
+    (tmp_path / "list.M3U").write_text("\r\n".join(lines), encoding="utf-8")
+    (tmp_path / "none.m3u8").write_text("#EXTM3U\n")
+    (tmp_path / "folder.m3u").mkdir()
+    (tmp_path / "folder.m3u/three.mp3").touch()
+    (tmp_path / "no text.m3u").write_bytes("one.mp3".encode("utf-16"))
+    os.mkfifo(tmp_path / "pipe.m3u")
+    others = [tmp_path / name for name in ("none.m3u8", "no text.m3u", "pipe.m3u")]
+    found = audio_files([tmp_path / "list.M3U", *others, tmp_path / "folder.m3u"])
+    assert found == ([*songs, *others, tmp_path / "folder.m3u/three.mp3"], 0)
+
+
+def test_a_picture_has_a_name_of_its_own_that_file_systems_allow(tmp_path):
+    folders, names = (tmp_path / "one", tmp_path / "two"), ("song.mp3", f"{'ä' * 120}.mp3")
+    found = [picture_of(folder / name, tmp_path).name for folder in folders for name in names]
+    assert len({*found}) == 4 and max(len(os.fsencode(f"{name}.partial")) for name in found) <= 255
+    assert found[0].startswith("taggram_song.mp3_") and found[1].endswith(f"ä.mp3_{found[1][-12:]}")
 
 
 def test_as_many_files_are_tagged_at_a_time_as_there_are_cores_but_eight_at_most(tagger, monkeypatch):
@@ -116,15 +133,15 @@ def test_a_column_of_a_taggram_is_the_answer_for_the_clip_around_it(tagger, tmp_
     drawn = []
     monkeypatch.setattr(figures, "taggram", lambda *arguments: drawn.append(arguments))
     samples, half = music(33)[:, 0], 627 * 512 // 2
-    draw_taggram(tagger, samples, 2, tmp_path / "song.mp3", picture_of(tmp_path / "song.mp3", tmp_path, {}))
-    ((picture, spectrogram, _, times, probabilities, _, n_tags, _),) = drawn
-    assert picture == tmp_path / "taggram_song.mp3.png" and n_tags == 2
+    draw_taggram(tagger, samples, ["flute", "slow"], tmp_path / "song.mp3", tmp_path / "picture.png")
+    ((picture, spectrogram, tags, times, scores, title, _),) = drawn
+    assert (picture, tags, title) == (tmp_path / "picture.png", ["flute", "slow"], "song.mp3")
     assert times == pytest.approx(np.arange(0.5, 33), abs=1e-4) and spectrogram.shape == (128, 1 + len(samples) // 512)
     mirrored = np.concatenate([samples[half - 1 :: -1], samples, samples[: -half - 1 : -1]])
     for column in (0, 16, 32):
         centre = int(times[column] * 11025 + 0.5)
-        expected = tagger.probabilities([mirrored[centre : centre + 2 * half]])
-        assert probabilities[column] == pytest.approx(expected[0], abs=1e-6)
+        expected = tagger.scores([mirrored[centre : centre + 2 * half]])
+        assert scores[column] == pytest.approx(expected[0, [2, 0]], abs=1e-6)
 
 
 def test_an_array_is_tagged_as_its_file(tagger, tmp_path):
@@ -175,24 +192,28 @@ def test_whatever_one_file_does_costs_only_that_file(tagger, tmp_path, run_scrip
     (folder / "notes.txt").write_text("not music")
     partly = [tmp_path / "cut.mp3", tmp_path / "damaged.mp3"]
     good = [*partly, folder / "CD1/01.ogg", folder / "CD2/01.ogg", folder / "low \udce9.wav"]
-    bad = [*(tmp_path / name for name in ("broken.mp3", "missing.wav")), folder / "empty"]
+    (tmp_path / "list.m3u").write_text("missing.wav")
+    bad = [tmp_path / "broken.mp3", tmp_path / "missing.wav", folder / "empty"]
+    named = [tmp_path / "broken.mp3", tmp_path / "list.m3u", folder / "empty", *partly, folder]
 
     arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--taggram", "--json", "--top", 2]
-    done = run_script("evaluate.py", *arguments, "--tag", *bad, *partly, folder, status=1)
+    done = run_script("evaluate.py", *arguments, "--tag", *named, status=1)
     found = json.loads(done.stdout)
     assert list(found) == [str(path) for path in good]
     for path, tags in found.items():
         assert tags == pytest.approx(dict(list(tagger(path).items())[:2]), abs=1e-6), "alone it is tagged the same"
     lines = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
-    synthetic, few_clips, untrained, others, note, damage = (line for line in lines if line.startswith("note: "))
+    synthetic, earlier, few_clips, untrained, others, note, damage = (
+        line for line in lines if line.startswith("note: ")
+    )
+    assert earlier.startswith("note: of an earlier version, without thresholds: 0.5")
     assert few_clips.startswith("note: 9 validation clips chose") and untrained.startswith("note: epoch 0 was best")
     assert "SYNTHETIC" in synthetic and others == "note: 1 file(s) of other formats left out"
     assert damage == f"note: {tmp_path}/damaged.mp3: 1 packet(s) left out: damaged, or no audio"
     assert re.fullmatch(rf"note: {tmp_path}/cut.mp3: only (9|10)\.\d s of 20.0 s could be read", note)
     errors = [line for line in lines if not line.startswith("note: ")]  # none of the decoder's
     assert len(errors) == len(bad) and all(any(f"error: {path}: " in line for line in errors) for path in bad)
-    for picture in ("cut.mp3", "01.ogg", "CD2_01.ogg", "low \udce9.wav"):
-        assert (tmp_path / f"taggram_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert all(picture_of(path, tmp_path).read_bytes().startswith(b"\x89PNG") for path in good)
 
 
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
@@ -201,25 +222,75 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "best.pt")
     command = f"{sys.executable} {ROOT}/evaluate.py --device cpu --checkpoint {checkpoint} --tag {tmp_path} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr.endswith("note: 1 file(s) of other formats left out\n")
+    assert done.returncode == 0 and "note: 1 file(s) of other formats left out\n" in done.stderr
     assert all(line.startswith("note: ") for line in done.stderr.splitlines())
     assert done.stdout.startswith(f"{tmp_path}/0.flac: ")
 
 
-def test_a_table_and_pictures_at_once_are_refused(call_script, tmp_path):
-    error = call_script("evaluate.py", "--tag", tmp_path, "--csv", tmp_path / "a.csv", "--taggram", status=1).stderr
-    assert "leave out --json and --taggram" in error and error.count("\n") == 1
+def test_what_does_not_go_together_or_is_not_there_is_one_line(call_script, tmp_path):
+    for arguments, message in (
+        (["--tag", tmp_path, "--csv", tmp_path / "a.csv", "--taggram", "--json"], "--csv: leave out --json and --tagg"),
+        (["--tag", tmp_path, "--against", "other", "--other-data"], "--tag: leave out --against and --other-data"),
+        (["--against", "other", "--probe", tmp_path], "--against: leave out --probe"),
+        (["--tag"], "--tag: needs audio files"),
+        (["--top", 3], "--tag: needs audio files"),
+        ([tmp_path, "--top", 3], f"{tmp_path}: to tag music, put --tag before it"),
+        (["--tag", tmp_path / "My", "Music"], f"{tmp_path}/My: no such file or folder; a name with spaces needs quot"),
+        (["--tag", tmp_path / "None"], f"{tmp_path}/None: no such file or folder\n"),
+        (["--tag", tmp_path, "--name", "none"], "none/best.pt: no such checkpoint, and none to download; README.md"),
+    ):
+        error = call_script("evaluate.py", *arguments, status=1).stderr
+        assert message in error and error.count("\n") == 1, arguments
+    assert not [*tmp_path.iterdir()]
 
 
-def test_a_library_is_a_table_with_a_row_for_each_file(tmp_path, tagger, run_script):
-    checkpoint = make_checkpoint(tmp_path / "best.pt")
+def test_a_library_is_a_table_and_a_playlist_for_each_tag(tmp_path, run_script, monkeypatch):
+    thresholds = torch.tensor([0.3, 1, 0.01], dtype=torch.float64)
+    checkpoint = make_checkpoint(tmp_path / "best.pt", thresholds=thresholds)
     soundfile.write(tmp_path / "song.flac", music(32, 44100, 2), 44100)
     (tmp_path / "broken.mp3").write_bytes(b"not music")
-    arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--csv", tmp_path / "tags.csv", "--tag", tmp_path]
-    assert "2 rows added, 1 of them without tags" in run_script("evaluate.py", *arguments, status=1).stdout
-    with open(tmp_path / "tags.csv", encoding="utf-8-sig", newline="") as file:
+    arguments = ["--device", "cpu", "--checkpoint", checkpoint, "--tag", tmp_path]
+    assert (
+        "2 rows added, 1 of them without"
+        in run_script("evaluate.py", *arguments, "--csv", tmp_path / "music.csv", status=1).stdout
+    )
+    with open(tmp_path / "music.csv", encoding="utf-8-sig", newline="") as file:
         broken, song = csv.DictReader(file)
-    assert broken["path"].endswith("broken.mp3") and "can't be decoded" in broken["note"]
+    assert broken["path"].endswith("broken.mp3") and "can't be decoded" in broken["note"] and broken["tags"] == ""
     assert song["seconds"] == "32.0" and song["note"] == ""
-    for tag, probability in tagger(tmp_path / "song.flac").items():
-        assert float(song[tag]) == pytest.approx(probability, abs=1e-6)
+    tags = Tagger(checkpoint, device="cpu")(tmp_path / "song.flac")
+    assert [*tags] == sorted(tags, key=lambda tag: -tags[tag] / {"slow": 0.3, "guitar": 1, "flute": 0.01}[tag])
+    assert all(float(song[tag]) == pytest.approx(score, abs=1e-6) for tag, score in tags.items())
+    above = [tag for tag in tags if tag != "guitar" and tags[tag] >= {"slow": 0.3, "flute": 0.01}[tag]]
+    assert song["tags"] == "; ".join(above) and "flute" in above
+    listed = ", ".join(f"{tag} {score:.2f}{'*' * (tag in above)}" for tag, score in tags.items())
+    assert run_script("evaluate.py", *arguments, status=1).stdout == f"{tmp_path}/song.flac: {listed}\n"
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(
+        r"```python\n(import csv\nfrom collections .*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    exec(program, {})
+    assert {path.name for path in tmp_path.glob("*.m3u8")} == {f"{tag}.m3u8" for tag in above}
+    assert audio_files([tmp_path / "flute.m3u8"]) == ([tmp_path / "song.flac"], 0)
+
+
+def test_features_are_the_mean_of_what_the_head_is_given(tmp_path):
+    path = make_checkpoint(tmp_path / "best.pt")
+    samples, windows_of = (
+        music(60)[:, 0],
+        [music(60)[start : start + 627 * 512 + 1024, 0] for start in (0, 170238, 340476)],
+    )
+    for precision, tolerance in (("float64", 1e-6), ("bfloat16", 0.05)):
+        tagger = Tagger(path, "cpu", precision)
+        hidden, given = [], []
+        hook = tagger.net.head.register_forward_hook(lambda head, inputs, outputs: given.append(inputs[0].double()))
+        for window in windows_of:
+            tagger.scores([window])
+            hidden.append(given.pop()[0].numpy())
+        hook.remove()
+        with ThreadPoolExecutor(2) as pool:
+            found, other = pool.map(tagger.features, (samples, samples[:9000]), (11025, 11025))
+        assert found.shape == (500,) and found.dtype == np.float32
+        assert found == pytest.approx(np.mean(hidden, axis=0), abs=tolerance) and np.ptp(found) > 0.1
+        assert other == pytest.approx(tagger.features(samples[:9000], 11025), abs=1e-6), "each thread gets its own"
+        assert not tagger.net.head._forward_pre_hooks

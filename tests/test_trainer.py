@@ -26,6 +26,7 @@ from lib.checkpoint import load_checkpoint, made_with, save
 from lib.common import InputError, lock
 from lib.dump import Dump, same_clips
 from lib.experiment import PLACE, require_same, write_outputs
+from lib.scores import best_thresholds
 from model import NETWORKS, MultiScaleCNN
 from trainer import Settings
 
@@ -71,6 +72,9 @@ def test_what_an_experiment_leaves(uninterrupted, small):
     dump = Dump(small)
     assert sorted(torch.cat(list(best["clip_ids"].values())).tolist()) == sorted(dump.ids.tolist())
     assert best["front_end"] == dump.front_end and best["tag_names"] == ["slow", "guitar", "flute"]
+    one = evaluate.Evaluation(evaluate.Settings(data=small, device="cpu"), folder / "best.pt")
+    rows = one.rows["validation"]
+    assert best["thresholds"].numpy() == pytest.approx(best_thresholds(one.labels[rows], one.predict(rows)), abs=1e-5)
     assert best["made_with"] == made_with(torch.device("cpu"), dump, None) and dump.made_with in best["made_with"][0]
 
 
