@@ -112,6 +112,14 @@ def test_one_tag_of_many_differs_clearly_only_beyond_the_largest_error_of_all(pr
     assert not scores.differs_clearly(labels, tracks, same).any()
 
 
+def test_a_tag_of_fewer_than_ten_tracks_never_differs_clearly():
+    labels = np.arange(30)[:, None] < [9, 10, 20, 21]
+    per_tag = np.full((2, 4), 0.5)
+    resampled = per_tag[:, None] + 0.01 * np.random.default_rng(0).normal(size=(2, 50, 4))
+    found = scores.differs_clearly(labels, np.arange(30), scores.Scores(per_tag, resampled))
+    assert found.tolist() == [False, True, True, False]
+
+
 def test_equal_networks_rarely_have_a_tag_that_differs_clearly():
     """Of 12 pairs of equal networks, 1 may have one among 15 tags; by one interval for each tag, about half have."""
     rng, n_any, n_pointwise = np.random.default_rng(0), 0, 0
