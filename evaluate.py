@@ -215,8 +215,9 @@ def per_tag_rows(evaluation, rows, found, **more):
         columns["repeatability"] = evaluation.repeatability
     for name, values, low, high in found.intervals():
         columns |= {name: values, f"{name}_low": low, f"{name}_high": high}
-    rows = zip(*(np.asarray(values).tolist() for values in (columns | more).values()))
-    return [dict(zip(columns | more, row)) for row in rows]
+    columns |= more
+    rows = zip(*(np.asarray(values).tolist() for values in columns.values()))
+    return [dict(zip(columns, row)) for row in rows]
 
 
 def leakage(evaluation, rows, predictions):
@@ -310,7 +311,7 @@ def print_part(part, result):
             few = f", fewer than {ENOUGH_CLIPS}" if n_clips < ENOUGH_CLIPS else ""
             print(f"  {f'other {kind} only':<18} ROC-AUC {auc} ({n_clips:,} clips{few})")
     for name, what in RIVALS.items():
-        if rival := result.get(name):
+        if rival := result[name]:
             gain = rival[f"network_minus_{name}"]["roc_auc"]
             verdict = "clearly worse" if gain["high"] < 0 else "not clearly better" if gain["low"] <= 0 else ""
             verdict = verdict and f": {verdict} than {what}"  # of NaN, none

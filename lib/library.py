@@ -98,7 +98,7 @@ def tag_library(table, tagger, checkpoint, files):
     """Tag the files that the table lacks, appending a row after each; return how many got no tags."""
     # The last column is never empty: some spreadsheets leave out empty cells at the end of a row
     header = ["path", "seconds", "tags", "note", *tagger.tag_names, "bytes", "modified", "checkpoint"]
-    stamps = {path: stamp_of(path) for path in (os.path.join(os.path.realpath(f.parent), f.name) for f in files)}
+    stamps = {path: stamp_of(path) for path in map(place_of, files)}
     n_errors, encoding = 0, {"newline": "", "errors": "surrogateescape"}
     with lock(table):
         found = read_table(table, header, checkpoint) if table.exists() else []
@@ -122,6 +122,11 @@ def tag_library(table, tagger, checkpoint, files):
     return n_errors
 
 
+def place_of(path):
+    """Return the absolute path of a file, the same through whichever links its folder is reached."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
+
+
 def stamp_of(path):
     """Return a file's size in bytes and the time of its last change, as text: they reveal one that has changed."""
     status = os.stat(path) if os.path.exists(path) else None
@@ -131,10 +136,10 @@ def stamp_of(path):
 def read_table(table, header, checkpoint):
     """Return a table's rows, but a cut-off one, as written here or by a spreadsheet. Raises InputError for another."""
     content = table.read_bytes()
-    for separator in ",;\t":
-        with contextlib.suppress(csv.Error, ValueError):  # of a file that is no table, or an empty one
-            # Our own may have file names that are not UTF-8
-            text = content.decode("utf-8-sig", "surrogateescape" if content.startswith(codecs.BOM_UTF8) else "strict")
+    with contextlib.suppress(csv.Error, ValueError):  # of a file that is no table, or an empty one
+        # Our own may have file names that are not UTF-8
+        text = content.decode("utf-8-sig", "surrogateescape" if content.startswith(codecs.BOM_UTF8) else "strict")
+        for separator in ",;\t":
             found, *rows = filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=separator))
             if rows and (not text.endswith(("\n", "\r")) or len(rows[-1]) != len(header)):
                 rows.pop()
@@ -162,7 +167,7 @@ def follow_moved(rows, stamps):
 
 def picture_of(path, folder):
     """Return the path of a file's taggram: the end of its name, and digits that tell it from others of that name."""
-    return folder / f"taggram_{path.name[-LONGEST_NAME:]}_{hex_crc32(os.fsencode(os.path.abspath(path)))}.png"
+    return folder / f"taggram_{path.name[-LONGEST_NAME:]}_{hex_crc32(os.fsencode(place_of(path)))}.png"
 
 
 def draw_taggram(tagger, samples, tags, path, picture):

@@ -407,7 +407,7 @@ MUTANTS = [
         ("[path for path in stamps if path not in done]", "[*stamps]"),
         ("read_table(table, header, checkpoint) if table.exists() else []", "[]"),
         ("row[-3:-1] == stamps.get(row[0], row[-3:-1])", "True"),
-        ("os.path.realpath(f.parent)", "f.parent"),
+        ("os.path.realpath(path.parent)", "os.path.abspath(path.parent)"),
         ("follow_moved(found, stamps)\n", "0\n"),
         ("len(gone[file]) == len(come[file]) == 1", "come[file]"),
         ("stamps.keys() - {row[0] for row in rows}", "stamps.keys()"),
@@ -426,7 +426,7 @@ MUTANTS = [
         ("mirrored[centre : centre + CLIP_SAMPLES]", "samples[centre : centre + CLIP_SAMPLES]"),
         ("tagger.tags(samples), note", 'tagger.tags(samples), ""'),
         ("min(cpu_count(), MOST_THREADS)", "cpu_count()"),
-        ("_{hex_crc32(os.fsencode(os.path.abspath(path)))}", ""),
+        ("_{hex_crc32(os.fsencode(place_of(path)))}", ""),
         ("path.name[-LONGEST_NAME:]", "path.name"),
         ("list(tags.items())[: settings.top]", "list(tags.items())")),
     # ====== the download ======

@@ -317,7 +317,7 @@ def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, c
     settings = evaluate.Settings(data=evaluated, resamples=9, device="cpu")
     one = evaluate.Evaluation(settings, by_artist)
     names_only = names_only_predictions(one.labels, one.rows["train"], one.origins)
-    result = evaluate.score_part(one, one.rows["test"], predictions[one.rows["test"]], (None, names_only))
+    result = evaluate.score_part(one, one.rows["test"], predictions[one.rows["test"]], (None, names_only, None))
     assert result["names_only"]["roc_auc"] == {"value": 0.5, "low": 0.5, "high": 0.5} and result["baseline"] is None
     assert result["leakage"]["share_of_artist"] == 0
     other = evaluate.Evaluation(settings, by_artist)
@@ -515,7 +515,7 @@ def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, v
     assert "note: note 1\n" in printed
     part = {"clips": 9, **macro, "clip_roc_auc": 0.5, "precision_at": {}, "one_class": [], "leakage": None}
     part["at_thresholds"] = {"precision": 0.6, "recall": 0.7}
-    rivals = {name: {**macro, f"network_minus_{name}": macro} for name in ("baseline", "names_only")}
+    rivals = {name: {**macro, f"network_minus_{name}": macro} for name in evaluate.RIVALS}
     evaluate.print_part("test", {**part, "seen_before": 0, "seen_before_by_id": 0, **rivals})
     printed = capsys.readouterr().out
     assert "at the thresholds  precision 0.6000, recall 0.7000  macro" in printed
