@@ -190,6 +190,8 @@ def score_part(evaluation, rows, predictions, rivals):
     ours, ids = evaluation.scores(rows, predictions), torch.from_numpy(evaluation.dump.ids[rows])
     thresholds = evaluation.checkpoint["thresholds"].numpy()
     at_thresholds = {name: score(labels, predictions >= thresholds) for name, score in scores.OF_GIVEN_TAGS.items()}
+    theirs = {name: evaluation.scores(rows, found[rows]) for name, found in zip(RIVALS, rivals) if found is not None}
+    of_rivals = {f"roc_auc_of_{name}": rival.per_tag[0] for name, rival in theirs.items()}
     result = {
         "clips": len(rows),
         **count_seen(ids, evaluation.checkpoint["seen_before"], [evaluation.checkpoint["dump"]]),
@@ -198,12 +200,12 @@ def score_part(evaluation, rows, predictions, rivals):
         "precision_at": {k: scores.macro(scores.precision_at(k, labels, predictions)) for k in (1, 3, 5)},
         "one_class": [name for name, score in zip(tag_names, ours.per_tag[0]) if np.isnan(score)],
         "at_thresholds": {name: scores.macro(of_tags) for name, of_tags in at_thresholds.items()},
-        "tags": per_tag_rows(evaluation, rows, ours, threshold=thresholds, **at_thresholds),
+        "tags": per_tag_rows(evaluation, rows, ours, threshold=thresholds, **at_thresholds, **of_rivals),
         "leakage": leakage(evaluation, rows, predictions) if evaluation.origins else None,
     }
-    for name, of_all_clips in zip(RIVALS, rivals):
-        theirs = None if of_all_clips is None else evaluation.scores(rows, of_all_clips[rows])
-        result[name] = theirs and {**theirs.macro(), f"network_minus_{name}": ours.minus(theirs).macro()}
+    for name in RIVALS:
+        rival = theirs.get(name)
+        result[name] = rival and {**rival.macro(), f"network_minus_{name}": ours.minus(rival).macro()}
     return result
 
 

@@ -1,7 +1,8 @@
 """Render a small stand-in for MagnaTagATune: computer-played music in MagnaTagATune's layout and formats.
 
 As in MagnaTagATune, clips are 29-second cuts of tracks, tracks belong to albums and albums to artists; an album is in
-one folder but an artist may be in two; and annotators have several names for one sound.
+one folder but an artist may be in two; and annotators have several names for one sound. All tags but those of loudness
+are about time: how a note changes, how long it lasts, how strokes follow each other. The average spectrum tells little.
 """
 
 import csv
@@ -26,18 +27,20 @@ CUTS = (30, 59), (59, 88)  # the clips of each track: from, to, in seconds
 # Each album's folder, in this order: three albums suffice for the usual validation (c), test (d-f) and training (0-b)
 # folders, and two artists are in both training and test.
 FOLDERS = "cf258be147ad0369"
-SOLOISTS = ["guitar", "harpsichord", "flute", "violin", "string", "synth"]
-SOUNDS = [*SOLOISTS, "bass", "drum", "no beat", "slow", "fast", "quiet", "loud"]  # those that become tags
+# The three tracks of an album share out the entries of each line
+LOW_NOTES = {"guitar": [-1], "violin": [1], "guitar and violin": [-1, 1]}  # their loudness falls or rises
+HIGH_NOTES = {"birds": [1], "space": [-1], "birds and space": [-1, 1]}  # their pitch rises or falls
+STROKES = {"beat": 0, "no beat": 0.7}  # how far they are scattered, from 0, even, to 1, wholly random
+TEMPOS = {"slow": 1.5, "moderate": 1, "fast": 2 / 3}  # the length of a note, in pulses; there is one stroke a pulse
+LEVELS = {"quiet": -36, "moderate": -25, "loud": -13}  # root mean square before the limiter, dB re full scale
+# Those that become tags
+SOUNDS = ["guitar", "violin", "birds", "space", "beat", "no beat", "slow", "fast", "quiet", "loud"]
 # All of MagnaTagATune's names for each; the first is the name that merging leaves.
 SPELLINGS = [next((group for group in SYNONYMS if group[0] == sound), (sound,)) for sound in SOUNDS]
-
-TEMPOS = {"slow": (44, 56), "moderate": (88, 104), "fast": (168, 192)}  # beats per minute, from and to
-LEVELS = {"quiet": -36, "moderate": -25, "loud": -13}  # root mean square before the limiter, dB re full scale
 SCALE = [0, 2, 4, 7, 9]  # pentatonic, in semitones above the key note: any two notes are consonant
-HARMONIC = np.arange(1.0, 30)  # 1 is the fundamental
 
 
-def render(folder, n_clips=192, seed=1337):
+def render(folder, n_clips=432, seed=1337):
     """Render `n_clips` clips and their two tables into `folder`, resuming an interrupted call.
 
     The same `n_clips` and `seed` give the same files, byte for byte. Raises InputError if `folder` holds anything else.
@@ -66,8 +69,11 @@ def render(folder, n_clips=192, seed=1337):
 
 def write_clip(folder, seed, clip):
     rng = np.random.default_rng([seed, 3, clip.number])
-    mix = even(sum(even(INSTRUMENTS[name](clip, rng)) for name in clip.instruments))
-    music = np.tanh(10 ** (clip.level / 20) * mix)  # a limiter that only loud clips reach
+    low = melody(clip, rng, 4, LOW_NOTES[clip.low], decibels=rng.uniform(20, 50))
+    high = melody(clip, rng, 6, HIGH_NOTES[clip.high], semitones=rng.uniform(4, 12))
+    mix = even(even(low) + 0.7 * even(high) + rng.uniform(0.2, 0.5) * even(strokes(clip, rng)))
+    mix += 10 ** (rng.uniform(-60, -45) / 20) * rng.normal(size=N_SAMPLES)  # hiss
+    music = np.tanh(10 ** (LEVELS[clip.level] / 20) * mix)  # a limiter that only loud clips reach
     encoded = io.BytesIO()  # because the encoder seeks and rewrites
     soundfile.write(encoded, music, SAMPLE_RATE, **MP3)
     (folder / clip.path).parent.mkdir(exist_ok=True)
@@ -80,42 +86,39 @@ class Clip:
     number: int  # from 1
     origin: list  # its row in clip_info_final.csv between number and path
     path: str
-    instruments: list[str]  # keys of INSTRUMENTS
-    sounds: set[str]  # what there is to hear; those in SPELLINGS become tags
-    level: float  # one of LEVELS
-    beat: int  # samples from one beat to the next
+    low: str  # one of LOW_NOTES, and so on
+    high: str
+    rhythm: str
+    tempo: str
+    level: str
+    pulse: int  # samples
     key: int  # semitones above C
+
+    @property
+    def sounds(self):
+        """What there is to hear; those in SOUNDS become tags."""
+        return {*self.low.split(" and "), *self.high.split(" and "), self.rhythm, self.tempo, self.level}
 
 
 def list_clips(n_clips, seed):
     """Return the first `n_clips` clips of an endless catalogue of albums.
 
-    The soloists, tempos, levels, a bass and one or two drums are dealt out to the three tracks of an album, so that
-    every tag is both present and absent on it.
+    What there is to hear is dealt out to the three tracks of an album: every tag is both present and absent on it.
     """
     rng = np.random.default_rng([seed, 1])
     clips = []
     for index in range(n_clips // 6 + 1):
         folder = FOLDERS[index % len(FOLDERS)]
         artist, album = f"Synthetic Artist {index // 2 + 1}", f"Synthetic Album {index + 1}"
-        bands = rng.permutation(SOLOISTS).reshape(3, -1).tolist()
-        bands[rng.integers(3)].append("bass")
-        for place in rng.permutation(3)[: rng.integers(1, 3)]:
-            bands[place].append("drum")
-        tempos, levels = rng.permutation(list(TEMPOS)), rng.permutation(list(LEVELS))
-        for track, band, tempo, level in zip(("01", "02", "03"), bands, tempos, levels):
-            title = " and ".join(band).title()
-            sounds = {*band, tempo, level}
-            if "violin" in band:
-                sounds.add("string")
-            if "drum" not in band:
-                sounds.add("no beat")
-            beat = int(SAMPLE_RATE * 60 / rng.uniform(*TEMPOS[tempo]))
-            music = band, sounds, LEVELS[level], beat, rng.integers(12)
+        kinds = {"low": LOW_NOTES, "high": HIGH_NOTES, "rhythm": STROKES, "tempo": TEMPOS, "level": LEVELS}
+        dealt = (rng.permutation(np.resize([*names], 3)).tolist() for names in kinds.values())  # resize: "beat" twice
+        for track, names in zip(("01", "02", "03"), zip(*dealt)):
+            music = dict(zip(kinds, names), pulse=int(SAMPLE_RATE * 60 / rng.uniform(64, 80)), key=rng.integers(12))
+            title = "{low} and {high}".format_map(music).title()
             for start, end in CUTS:
                 path = f"{folder}/{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")
                 origin = [track, title, artist, album, "", start, end, ""]  # without URLs
-                clips.append(Clip(len(clips) + 1, origin, path, *music))
+                clips.append(Clip(len(clips) + 1, origin, path, **music))
     return clips[:n_clips]
 
 
@@ -132,43 +135,26 @@ def annotations(clips, seed):
         yield [clip.number, *(int(tag in used) for tag in tags), clip.path]
 
 
-def tune(clip, rng, beats, voices, octave, amplitudes, attack=0.005, decay=np.inf):
-    """Return (N_SAMPLES,): every `beats` beats a note of the clip's scale, or several `voices` at once."""
-    n_samples = int(beats * clip.beat)
-    sounds = []
-    for _ in range(0, N_SAMPLES, n_samples):
-        semitones = clip.key + 12 * octave + rng.choice(SCALE, voices, replace=False)
-        sounds.append(sum(note(semitone, n_samples, amplitudes, attack, decay) for semitone in semitones))
-    return np.concatenate(sounds)[:N_SAMPLES]
+def melody(clip, rng, octave, directions, decibels=0, semitones=0):
+    """Return (N_SAMPLES,): notes of the clip's scale; each changes in loudness and pitch, in one of `directions`."""
+    time = np.linspace(-0.5, 0.5, int(clip.pulse * TEMPOS[clip.tempo]))  # 1 is a note's length
+    notes = []
+    for _ in range(0, N_SAMPLES, len(time)):
+        change = rng.choice(directions) * time
+        semitone = clip.key + 12 * octave + rng.choice(SCALE) + semitones * change
+        hertz = 440 * 2 ** ((semitone - 57) / 12)  # semitone 57, the A of octave 4, is 440 Hz
+        cycles = 2 * np.pi * np.cumsum(hertz) / SAMPLE_RATE
+        tone = np.sin(cycles) + 0.3 * np.sin(2 * cycles) * (hertz < SAMPLE_RATE / 4)  # below half the sample rate
+        notes.append(10 ** (decibels * change / 20) * tone * (10 - 20 * abs(time)).clip(0, 1))  # without clicks
+    return np.concatenate(notes)[:N_SAMPLES]
 
 
-def note(semitone, n_samples, amplitudes, attack, decay):
-    """Return (n_samples,): a note that takes `attack` seconds to swell and `decay` to fall to 1/e of its loudness."""
-    hertz = 440 * 2 ** ((semitone - 57) / 12)  # semitone 57, the A of octave 4, is 440 Hz
-    seconds = np.arange(n_samples) / SAMPLE_RATE
-    period = np.fft.irfft([0, *amplitudes[: int(0.47 * SAMPLE_RATE / hertz)]], 4096, norm="forward")
-    loudness = np.minimum(seconds / attack, seconds[::-1] / 0.03).clip(0, 1) * np.exp(-seconds / decay)
-    return loudness * period[(4096 * hertz * seconds).astype(int) % 4096]
-
-
-def drums(clip, rng):
-    """Return (N_SAMPLES,): a kick on every beat and a snare on every other."""
-    seconds = np.arange(clip.beat) / SAMPLE_RATE
-    kick = 3 * np.sin(2 * np.pi * (45 * seconds - 3 * np.exp(-seconds / 0.03))) * np.exp(-seconds / 0.1)
-    snare = rng.normal(size=clip.beat) * np.exp(-seconds / 0.1)
-    return np.resize([kick, kick + snare], N_SAMPLES)  # repeats them
-
-
-INSTRUMENTS = {
-    "guitar": partial(tune, beats=1, voices=3, octave=3, amplitudes=HARMONIC**-1.5, decay=0.4),
-    "harpsichord": partial(tune, beats=0.5, voices=1, octave=4, amplitudes=HARMONIC**-0.2, decay=0.15),
-    "flute": partial(tune, beats=1, voices=1, octave=5, amplitudes=HARMONIC**-3, attack=0.08),
-    "violin": partial(tune, beats=1, voices=1, octave=4, amplitudes=HARMONIC**-0.6, attack=0.12),
-    "string": partial(tune, beats=2, voices=3, octave=4, amplitudes=HARMONIC**-2, attack=0.3),
-    "synth": partial(tune, beats=0.5, voices=1, octave=3, amplitudes=HARMONIC % 2 / HARMONIC),  # a square wave
-    "bass": partial(tune, beats=2, voices=1, octave=2, amplitudes=HARMONIC**-2),
-    "drum": drums,
-}
+def strokes(clip, rng):
+    """Return (N_SAMPLES,): strokes of a brush, about one for each pulse, evenly spaced or scattered."""
+    gaps = 1 + STROKES[clip.rhythm] * (rng.exponential(size=N_SAMPLES // clip.pulse + 2) - 1)  # in pulses
+    samples = (clip.pulse * gaps / gaps.mean()).astype(int)
+    loudness = np.concatenate([np.exp(-np.arange(length) / (0.06 * SAMPLE_RATE)) for length in samples])
+    return loudness[:N_SAMPLES] * np.diff(rng.normal(size=N_SAMPLES + 3), 3)  # noise of high frequencies
 
 
 def even(sound):

@@ -81,16 +81,19 @@ def _intervals(axes, rows):
 
 
 def per_tag_roc_auc(path, rows, synthetic=False):
-    """Draw each tag's score with its 95% interval, best first, and beside it how common the tag is.
+    """Draw each tag's score with its 95% interval and the baseline's, best first, and beside it how common the tag is.
 
     `rows` has a dict for each tag: "tag", "prevalence" (0 to 1), "roc_auc", "roc_auc_low" and "roc_auc_high", the
-    last three NaN where the clips are all positive or all negative.
+    last three NaN where the clips are all positive or all negative, and perhaps "roc_auc_of_baseline".
     """
     rows = sorted(rows, key=lambda row: (np.isnan(row["roc_auc"]), -np.nan_to_num(row["roc_auc"]), row["tag"]))
     with _picture(path, "ROC-AUC of each tag", 6.4, 1.2 + 0.17 * len(rows), synthetic) as figure:
         score_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
         places, scores = _intervals(score_axes, rows)
         score_axes.plot(scores, places, "o", color=BLUE, markersize=4)
+        if "roc_auc_of_baseline" in rows[0]:
+            baseline = [row["roc_auc_of_baseline"] for row in rows]
+            score_axes.plot(baseline, places, "o", color=BLUE, markersize=4, mfc="white", label="baseline")
         score_axes.axvline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
         mean = macro(scores)
         score_axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1, label=f"mean {format_score(mean)}")
@@ -147,11 +150,12 @@ def _correlations(columns):
     return correlations
 
 
-def taggram(path, log_mel, tag_names, times, scores, title, synthetic=False):
+def taggram(path, log_mel, tag_names, times, scores, thresholds, title, synthetic=False):
     """Draw a recording's spectrogram and, below it, its tags over the same time, in the order of `tag_names`.
 
     `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
-    in seconds, `scores` (windows, tags). Each moment shows the window whose centre is nearest.
+    in seconds, `scores` (windows, tags). Each moment shows the window whose centre is nearest, and a line where the
+    score reaches the tag's threshold.
     """
     n_bands, n_frames = log_mel.shape
     duration = n_frames * HOP_LENGTH / SAMPLE_RATE
@@ -171,7 +175,13 @@ def taggram(path, log_mel, tag_names, times, scores, title, synthetic=False):
         figure.colorbar(image, ax=top, label="power (dB, peak = 0)", pad=0.01, aspect=10)
         mesh = bottom.pcolormesh(edges, rows, scores.T, cmap="Blues", vmin=0, vmax=1)
         bottom.hlines(rows, 0, duration, color="white", linewidth=1)
+        tags, windows = np.nonzero((scores >= thresholds).T)
+        bottom.hlines(tags + 0.38, edges[windows], edges[windows + 1], color=VERMILLION, linewidth=2)
         bottom.set_yticks(range(len(tag_names)), tag_names)
-        bottom.set(xlabel="time (s)", xlim=(0, duration), ylim=(len(tag_names) - 0.5, -0.5))
+        bottom.set(
+            xlabel="time (s); a tag is underlined where its score reaches its threshold",
+            xlim=(0, duration),
+            ylim=(len(tag_names) - 0.5, -0.5),
+        )
         figure.colorbar(mesh, ax=bottom, label="score", pad=0.01, aspect=10)
     return figure

@@ -173,17 +173,19 @@ def picture_of(path, folder):
 def draw_taggram(tagger, samples, tags, path, picture):
     """Draw an audio file's spectrogram above its `tags` over time.
 
-    Each column, 120 at most and at least a second apart, is the network's answer for the 29.1 s around it; at both ends
-    the recording is continued by its mirror image.
+    Each column, 120 at most and at least a second apart, is the network's answer for the 29.1 s around it. For that,
+    the first and the last 14.6 s of the recording are repeated; mirrored, notes that rise would fall.
     """
     from lib import figures  # matplotlib takes a while to import
 
     step = max(SAMPLE_RATE, -(-len(samples) // 120))
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
-    mirrored = np.pad(samples, CLIP_SAMPLES // 2, mode="symmetric")
-    clips = [mirrored[centre : centre + CLIP_SAMPLES] for centre in centres]
+    half = CLIP_SAMPLES // 2
+    extended = np.concatenate([np.resize(samples[:half], half), samples, np.resize(samples[-half:], half)])
+    clips = [extended[centre : centre + CLIP_SAMPLES] for centre in centres]
     scores = tagger.scores(clips)[:, [tagger.tag_names.index(tag) for tag in tags]]
+    thresholds = [tagger.thresholds[tag] for tag in tags]
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
     title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-    figures.taggram(picture, spectrogram, tags, centres / SAMPLE_RATE, scores, title, tagger.synthetic)
+    figures.taggram(picture, spectrogram, tags, centres / SAMPLE_RATE, scores, thresholds, title, tagger.synthetic)
     print(f"  {picture}", file=sys.stderr)

@@ -120,6 +120,8 @@ def test_the_script_scores_validation_and_test(evaluated, call_script, tmp_path)
     table = list(csv.DictReader((evaluated / "per_tag.csv").open()))
     assert [(row["part"], row["tag"]) for row in table[3:]] == [("test", tag) for tag in ("slow", "guitar", "flute")]
     assert [float(row["roc_auc"]) for row in table[3:]] == [row["roc_auc"] for row in test["tags"]]
+    of_baseline = [float(row["roc_auc_of_baseline"]) for row in table[3:]]
+    assert np.mean(of_baseline) == pytest.approx(baseline["roc_auc"]["value"]) and np.ptp(of_baseline) > 0
     with open(evaluated / "predictions_test.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["clip_id", "mp3_path", "slow", "guitar", "flute"]

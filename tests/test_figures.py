@@ -62,6 +62,9 @@ def test_each_tag_has_its_score_its_interval_and_its_prevalence_best_first(tmp_p
     for place, row in enumerate(BEST_FIRST[:4]):
         assert points[place].tolist() == [row["roc_auc"], place]
         assert segments[place].tolist() == [[row["roc_auc_low"], place], [row["roc_auc_high"], place]]
+    rows = [{**row, "roc_auc_of_baseline": 1 - row["roc_auc"]} for row in BEST_FIRST]
+    _, baseline, *_ = axes_of(figures.per_tag_roc_auc, tmp_path, rows)[0].lines
+    assert baseline.get_xydata()[:4].tolist() == [[1 - row["roc_auc"], place] for place, row in enumerate(rows[:4])]
 
 
 def test_differences_that_are_clear_are_marked(tmp_path):
@@ -90,10 +93,13 @@ def test_one_clip_has_no_correlations(tmp_path):
 
 def test_a_taggram_has_seconds_hertz_and_the_first_tags_on_top(tmp_path):
     scores = np.array([[0.6, 0.1, 0.2], [0.7, 0.9, 0.4], [0.8, 0.8, 0.3]])
-    arguments = np.zeros((128, 628)), list("120"), np.array([10, 12, 20]), scores, r"$\no formula$.mp3"
+    arguments = np.zeros((128, 628)), list("120"), np.array([10, 12, 20]), scores, [0.7, 1, 0.2], r"$\no formula$.mp3"
     top, bottom, *_ = axes_of(figures.taggram, tmp_path, *arguments)
     assert names(bottom.yaxis) == ["1", "2", "0"]
     assert np.allclose(bottom.collections[0].get_array(), scores.T)
-    assert np.allclose(bottom.collections[0].get_coordinates()[0, :, 0], [0, 11, 16, 628 * 512 / 11025])
+    edges = [0, 11, 16, 628 * 512 / 11025]
+    assert np.allclose(bottom.collections[0].get_coordinates()[0, :, 0], edges)
+    underlined = [(round(start[1]), start[0], end[0]) for start, end in bottom.collections[2].get_segments()]
+    assert underlined == [(0, *edges[1:3]), (0, *edges[2:]), *((2, *edges[window : window + 2]) for window in range(3))]
     hertz = mel_frequencies(130, fmin=0, fmax=11025 / 2)[1:-1]  # of the bands' centres
     assert np.allclose(np.interp(top.get_yticks(), range(128), hertz), [int(name) for name in names(top.yaxis)])

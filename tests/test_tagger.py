@@ -134,14 +134,24 @@ def test_a_column_of_a_taggram_is_the_answer_for_the_clip_around_it(tagger, tmp_
     monkeypatch.setattr(figures, "taggram", lambda *arguments: drawn.append(arguments))
     samples, half = music(33)[:, 0], 627 * 512 // 2
     draw_taggram(tagger, samples, ["flute", "slow"], tmp_path / "song.mp3", tmp_path / "picture.png")
-    ((picture, spectrogram, tags, times, scores, title, _),) = drawn
+    ((picture, spectrogram, tags, times, scores, thresholds, title, _),) = drawn
     assert (picture, tags, title) == (tmp_path / "picture.png", ["flute", "slow"], "song.mp3")
+    assert thresholds == [tagger.thresholds["flute"], tagger.thresholds["slow"]]
     assert times == pytest.approx(np.arange(0.5, 33), abs=1e-4) and spectrogram.shape == (128, 1 + len(samples) // 512)
-    mirrored = np.concatenate([samples[half - 1 :: -1], samples, samples[: -half - 1 : -1]])
+    extended = np.concatenate([samples[:half], samples, samples[-half:]])
     for column in (0, 16, 32):
         centre = int(times[column] * 11025 + 0.5)
-        expected = tagger.scores([mirrored[centre : centre + 2 * half]])
+        expected = tagger.scores([extended[centre : centre + 2 * half]])
         assert scores[column] == pytest.approx(expected[0, [2, 0]], abs=1e-6)
+
+
+def test_a_taggram_of_a_short_recording_repeats_it(tagger, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "taggram", lambda *arguments: drawn.append(arguments))
+    draw_taggram(tagger, samples := music(5)[:, 0], ["slow"], tmp_path / "song.mp3", tmp_path / "picture.png")
+    repeated = [np.resize(samples, 627 * 256), samples, np.resize(samples, 627 * 256)]
+    expected = tagger.scores([np.concatenate(repeated)[5512 : 5512 + 627 * 512]])[0, 0]
+    assert drawn[0][4][0] == pytest.approx([expected], abs=1e-6)
 
 
 def test_an_array_is_tagged_as_its_file(tagger, tmp_path):
@@ -267,7 +277,7 @@ def test_a_library_is_a_table_and_a_playlist_for_each_tag(tmp_path, run_script, 
     assert run_script("evaluate.py", *arguments, status=1).stdout == f"{tmp_path}/song.flac: {listed}\n"
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(
-        r"```python\n(import csv\nfrom collections .*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"```python\n(import csv\nfrom collections .*?)```", (ROOT / "experiments/README.md").read_text(), re.DOTALL
     )
     exec(program, {})
     assert {path.name for path in tmp_path.glob("*.m3u8")} == {f"{tag}.m3u8" for tag in above}
