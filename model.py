@@ -183,7 +183,7 @@ def build_network(n_tags, name="MultiScaleCNN"):
     """Return a new network, (clips, 1, 128, 628) normalised log-mel spectrograms -> (clips, n_tags) logits.
 
     Every script builds it here. Its last layer must be called `head`: --start-from replaces it if the tags differ.
-    With a method `draw`, as MultiScaleCNN has, it is recorded as a CUDA graph: README.md says what that requires.
+    With a method `draw`, as MultiScaleCNN has, it is recorded as a CUDA graph: lib/graph.py says what that requires.
     """
     return NETWORKS[name](n_tags)
 

@@ -129,7 +129,8 @@ def _read_table(path):
             lines = [(reader.line_num, fields) for fields in reader if fields]
     except FileNotFoundError:
         either = f"{path}, or annotations_final.csv" if path.name == "tags.csv" else path
-        raise InputError(f"{either}: not found; run get_data.py, or name another folder with --data") from None
+        remedy = "run get_data.py, write it as README.md says, or name another folder with --data"
+        raise InputError(f"{either}: not found; {remedy}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a tab-separated text table ({error}); replace it") from error
     if len(lines) < 2:

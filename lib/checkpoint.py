@@ -51,7 +51,7 @@ def load_checkpoint(path):
     """
     name = str(path).removesuffix(".partial")
     if not Path(path).is_file():
-        how = "the demo's, a toy, in 3 minutes; the paper's in 3 on a large GPU, in 9 to 17 hours on two cores"
+        how = "the demo's, a toy, in a few minutes; the paper's in 3 on a large GPU, in 9 to 17 hours on two cores"
         raise InputError(f"{name}: no such checkpoint, and none to download; README.md says how to train one: {how}")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums

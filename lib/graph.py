@@ -9,7 +9,7 @@ class Graphed:
     """`compute(net, spectrograms, targets, ...)` for training: recorded for the size of the first batch, then replayed.
 
     Batches of another size run as they are. A replay repeats the kernels, on the same memory, and nothing that Python
-    did: so `net.draw` draws the random numbers before it, and everything else must be the same in each step.
+    did. What Python draws or decides in a step is for `net.draw` to write, in place, into tensors that `forward` reads.
     """
 
     def __init__(self, compute):

@@ -356,7 +356,7 @@ def changed_as_the_readme_says(folder):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py")]:
         (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
-    section = (ROOT / "README.md").read_text().partition("## Change the experiment")[2].partition("\n## ")[0]
+    section = (ROOT / "README.md").read_text().partition("## Change the experiment")[2].partition("\n### ")[0]
     loss, optimizer, schedule, augmentation, networks = re.findall("```python\n(.*?)```", section, re.DOTALL)
     text = (folder / "trainer.py").read_text()
     for place, block in (
