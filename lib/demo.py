@@ -112,8 +112,8 @@ def list_clips(n_clips, seed):
         artist, album = f"Synthetic Artist {index // 2 + 1}", f"Synthetic Album {index + 1}"
         kinds = {"low": LOW_NOTES, "high": HIGH_NOTES, "rhythm": STROKES, "tempo": TEMPOS, "level": LEVELS}
         dealt = (rng.permutation(np.resize([*names], 3)).tolist() for names in kinds.values())  # resize: "beat" twice
-        for track, names in zip(("01", "02", "03"), zip(*dealt)):
-            music = dict(zip(kinds, names), pulse=int(SAMPLE_RATE * 60 / rng.uniform(64, 80)), key=rng.integers(12))
+        for track, chosen in zip(("01", "02", "03"), zip(*dealt)):
+            music = dict(zip(kinds, chosen), pulse=int(SAMPLE_RATE * 60 / rng.uniform(64, 80)), key=rng.integers(12))
             title = "{low} and {high}".format_map(music).title()
             for start, end in CUTS:
                 path = f"{folder}/{artist}-{album}-{track}-{title}-{start}-{end}.mp3".lower().replace(" ", "_")

@@ -150,12 +150,12 @@ def _correlations(columns):
     return correlations
 
 
-def taggram(path, log_mel, tag_names, times, scores, thresholds, title, synthetic=False):
-    """Draw a recording's spectrogram and, below it, its tags over the same time, in the order of `tag_names`.
+def taggram(path, log_mel, times, scores, thresholds, title, synthetic=False):
+    """Draw a recording's spectrogram and, below it, its tags over the same time, in the order of `thresholds`.
 
     `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
-    in seconds, `scores` (windows, tags). Each moment shows the window whose centre is nearest, and a line where the
-    score reaches the tag's threshold.
+    in seconds, `scores` (windows, tags), `thresholds` {tag: score}. Each moment shows the window whose centre is
+    nearest, and a line where the score reaches the tag's threshold.
     """
     n_bands, n_frames = log_mel.shape
     duration = n_frames * HOP_LENGTH / SAMPLE_RATE
@@ -163,8 +163,8 @@ def taggram(path, log_mel, tag_names, times, scores, thresholds, title, syntheti
     centres = import_librosa().mel_frequencies(n_bands + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]  # of the bands, in Hz
     ticks = [128, 256, 512, 1024, 2048, 4096]
     edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])
-    rows = np.arange(len(tag_names) + 1) - 0.5
-    heights = 2.4, max(0.9, 0.2 * len(tag_names))  # inches
+    rows = np.arange(len(thresholds) + 1) - 0.5
+    heights = 2.4, max(0.9, 0.2 * len(thresholds))  # inches
     title += ", tagged by a network that knows synthetic clips only" if synthetic else ""
     with _picture(path, title, 7, sum(heights) + 1, synthetic=False) as figure:
         top, bottom = figure.subplots(2, sharex=True, height_ratios=heights)
@@ -175,13 +175,10 @@ def taggram(path, log_mel, tag_names, times, scores, thresholds, title, syntheti
         figure.colorbar(image, ax=top, label="power (dB, peak = 0)", pad=0.01, aspect=10)
         mesh = bottom.pcolormesh(edges, rows, scores.T, cmap="Blues", vmin=0, vmax=1)
         bottom.hlines(rows, 0, duration, color="white", linewidth=1)
-        tags, windows = np.nonzero((scores >= thresholds).T)
+        tags, windows = np.nonzero((scores >= [*thresholds.values()]).T)
         bottom.hlines(tags + 0.38, edges[windows], edges[windows + 1], color=VERMILLION, linewidth=2)
-        bottom.set_yticks(range(len(tag_names)), tag_names)
-        bottom.set(
-            xlabel="time (s); a tag is underlined where its score reaches its threshold",
-            xlim=(0, duration),
-            ylim=(len(tag_names) - 0.5, -0.5),
-        )
+        bottom.set_yticks(range(len(thresholds)), thresholds)
+        bottom.set(xlim=(0, duration), ylim=(len(thresholds) - 0.5, -0.5))
+        bottom.set_xlabel("time (s); a tag is underlined where its score reaches its threshold")
         figure.colorbar(mesh, ax=bottom, label="score", pad=0.01, aspect=10)
     return figure

@@ -184,8 +184,8 @@ def draw_taggram(tagger, samples, tags, path, picture):
     extended = np.concatenate([np.resize(samples[:half], half), samples, np.resize(samples[-half:], half)])
     clips = [extended[centre : centre + CLIP_SAMPLES] for centre in centres]
     scores = tagger.scores(clips)[:, [tagger.tag_names.index(tag) for tag in tags]]
-    thresholds = [tagger.thresholds[tag] for tag in tags]
+    thresholds = {tag: tagger.thresholds[tag] for tag in tags}
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
     title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-    figures.taggram(picture, spectrogram, tags, centres / SAMPLE_RATE, scores, thresholds, title, tagger.synthetic)
+    figures.taggram(picture, spectrogram, centres / SAMPLE_RATE, scores, thresholds, title, tagger.synthetic)
     print(f"  {picture}", file=sys.stderr)

@@ -70,10 +70,8 @@ def test_clips_have_magnatagatunes_length_and_their_tags_can_be_heard(rendered):
             (loudness, 200, 1000, "guitar", "violin"),
             (pitch, 1000, 5000, "space", "birds"),
         ):
-            band = sosfiltfilt(
-                butter(6, [low, high], "bandpass", fs=rate, output="sos"), sound[1105:]
-            )  # encoder's delay
-            ratios = second_half_to_first(measure, band, length)
+            band = sosfiltfilt(butter(6, [low, high], "bandpass", fs=rate, output="sos"), sound)
+            ratios = second_half_to_first(measure, band[1105:], length)  # without the encoder's delay
             assert [(ratios < 1).any(), (ratios > 1).any()] == [falls in clip.sounds, rises in clip.sounds]
         hiss = np.abs(sosfiltfilt(butter(6, 6500, "highpass", fs=rate, output="sos"), sound))
         envelope = np.convolve(hiss, np.ones(800) / 800)

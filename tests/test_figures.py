@@ -93,7 +93,8 @@ def test_one_clip_has_no_correlations(tmp_path):
 
 def test_a_taggram_has_seconds_hertz_and_the_first_tags_on_top(tmp_path):
     scores = np.array([[0.6, 0.1, 0.2], [0.7, 0.9, 0.4], [0.8, 0.8, 0.3]])
-    arguments = np.zeros((128, 628)), list("120"), np.array([10, 12, 20]), scores, [0.7, 1, 0.2], r"$\no formula$.mp3"
+    thresholds = {"1": 0.7, "2": 1, "0": 0.2}
+    arguments = np.zeros((128, 628)), np.array([10, 12, 20]), scores, thresholds, r"$\no formula$.mp3"
     top, bottom, *_ = axes_of(figures.taggram, tmp_path, *arguments)
     assert names(bottom.yaxis) == ["1", "2", "0"]
     assert np.allclose(bottom.collections[0].get_array(), scores.T)
