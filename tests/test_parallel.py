@@ -41,7 +41,7 @@ def test_the_backend_of_a_device(name, expected, monkeypatch):
 def test_two_processes_train_as_one(small, tmp_path, call_script):
     """On two GPUs, played by the CPU; NCCL's part is gloo's."""
     sizes = ["--train-size", 4, "--validation-size", 1, "--batch-size", 3]  # 3 clips and then 1, for two processes
-    options = ["--data", small, *TINY, *sizes, "--epochs", 4, "--device", "cuda", "--precision", "float64"]
+    options = ["--data", small, *TINY, *sizes, "--epochs", 2, "--device", "cuda", "--precision", "float64"]
     command = [*TORCHRUN, "tests/cuda_on_cpu.py", "trainer.py", *options, "--experiments", tmp_path / "pair"]
     pair = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert pair.returncode == 0, pair.stderr
