@@ -23,6 +23,7 @@ from lib.dump import Dump, same_clips
 from lib.experiment import data_folder, require_other_seeds
 from lib.library import ELSEWHERE, tag_files
 from lib.loader import Loader, hidden_values, predict
+from lib.page import write_report
 from lib.parallel import choose_device, started_with_others
 from lib.published import published
 from lib.scores import format_score
@@ -55,6 +56,7 @@ class Settings(FromPython):
     top: Count = 5  # how many tags to print for each file; * marks those that reach their thresholds
     json: bool = False  # print one JSON object, file -> tag -> score
     taggram: bool = False  # draw each file's spectrogram and its tags over time
+    page: bool = False  # the same as a page for a browser, which plays the music
     csv: Path | None = None  # write a table instead, one row per file as it is tagged; resumes
 
 
@@ -64,7 +66,7 @@ RIVALS = dict(baseline="a logistic regression on mel bands' loudness", names_onl
 RIVALS["probe"] = "a logistic regression on the features of --probe"
 APART = {  # options that do not go together
     "tag": "against batch_size data other_data probe resamples seed",
-    "csv": "json output taggram top",
+    "csv": "json output page taggram top",
     "against": "probe",
 }
 WORTH_A_LISTEN = 10  # clips per tag in each direction
@@ -106,7 +108,7 @@ def require_together(settings):
     for one in given & {*APART}:
         if others := given & {*APART[one].split()}:
             raise InputError(f"--{one}: leave out --{' and --'.join(sorted(others)).replace('_', '-')}")
-    if settings.tag == () or given & {"top", "json", "taggram", "csv"} and not settings.tag:
+    if settings.tag == () or given & {"top", "json", "taggram", "page", "csv"} and not settings.tag:
         raise InputError("--tag: needs audio files, folders or playlists after it")
 
 
@@ -117,8 +119,11 @@ def evaluate(ours, rivals):
     results |= {"data": str(ours.dump.data), "synthetic": ours.dump.synthetic}
     results["other_data"] = ours.checkpoint["dump"] != ours.dump.fingerprint
     results |= {part: score_part(ours, ours.rows[part], predicted[part], rivals) for part in EVALUATED}
-    print_results(results, ours.checkpoint)  # before writing: a full disk must not lose them
-    write_results(ours, results, predicted)
+    lines = {part: summary(results[part]) for part in EVALUATED}
+    other = f"note: {ours.dump.data} is not the checkpoint's dump (--other-data): nothing published to compare with"
+    remarks = [*cautions(ours.checkpoint), other if results["other_data"] else published(ours.checkpoint)]
+    print_results(results, lines, remarks)  # before writing: a full disk must not lose them
+    write_results(ours, results, predicted, lines=lines, remarks=remarks)
     return results
 
 
@@ -126,7 +131,8 @@ class Evaluation:
     """A checkpoint and the dump to score it on; `rows` are the dump's rows of each part of the checkpoint's split.
 
     `labels` (clips, tags) are those of the checkpoint's tags, `groups` (clips,) the units that the bootstrap
-    draws, `origins` and `repeatability` lib.baseline's, None without a clip table. Raises InputError for other data.
+    draws, `info` each clip's tags.ClipInfo, `origins` and `repeatability` lib.baseline's; without a clip table, these
+    three are None. Raises InputError for other data.
     """
 
     def __init__(self, settings, path):
@@ -136,7 +142,8 @@ class Evaluation:
         self.checkpoint, self.dump = load_checkpoint(path), Dump(settings.data)
         self.labels, self.rows = clips_of(self.checkpoint, self.dump, settings.other_data)
         has_info = (settings.data / "clip_info_final.csv").exists()
-        self.origins = origins_of(clip_info_of(settings.data, self.dump.ids)) if has_info else None
+        self.info = clip_info_of(settings.data, self.dump.ids) if has_info else None
+        self.origins = origins_of(self.info) if has_info else None
         self.groups = self.origins["track"] if has_info else self.dump.ids
         self.repeatability = repeatability(self.labels, self.groups) if has_info else None
         self.intervals = f"95%, {settings.resamples:,} resamples over {'tracks' if has_info else 'clips'}"
@@ -236,8 +243,8 @@ def leakage(evaluation, rows, predictions):
     return found
 
 
-def write_results(evaluation, results, predicted):
-    """Write the scores, the predictions and the pictures."""
+def write_results(evaluation, results, predicted, **printed):
+    """Write the scores, the predictions, the pictures, and a report, which repeats what is `printed`."""
     folder, dump, tag_names = evaluation.output, evaluation.dump, evaluation.checkpoint["tag_names"]
     write_json(folder / "results.json", results)
     rows = [{"part": part, **row} for part in EVALUATED for row in results[part]["tags"]]
@@ -247,27 +254,36 @@ def write_results(evaluation, results, predicted):
         for name, columns in (("predictions", predictions), ("labels", evaluation.labels[evaluation.rows[part]])):
             rows = [(*clip, *(f"{value:.9g}" for value in values)) for clip, values in zip(clips[part], columns)]
             write_table(folder / f"{name}_{part}.csv", [("clip_id", "mp3_path", *tag_names), *rows])
-    test = tag_names, evaluation.labels[evaluation.rows["test"]], predicted["test"]
-    write_table(folder / "worth_a_listen.csv", worth_a_listen(clips["test"], *test))
+    labels, predictions = evaluation.labels[evaluation.rows["test"]], predicted["test"]
+    listed = [*worth_a_listen(labels, predictions, evaluation.checkpoint["thresholds"].numpy())]
+    rows = [(tag_names[tag], said, f"{predictions[clip, tag]:.4f}", *clips["test"][clip]) for tag, said, clip in listed]
+    write_table(folder / "worth_a_listen.csv", [("tag", "annotators", "network", "clip_id", "mp3_path"), *rows])
+    correlations = [scores.correlations(columns) for columns in (labels, predictions)]
+    pictures = [picture for picture in [evaluation.path.with_name("curves.png")] if picture.exists()]
     with optional_picture(folder):
         from lib import figures  # matplotlib takes a while to import
 
         figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
-        figures.tag_correlations(folder / "correlations.png", *test, synthetic=dump.synthetic)
+        figures.tag_correlations(folder / "correlations.png", tag_names, *correlations, synthetic=dump.synthetic)
+        pictures += [folder / "per_tag.png", folder / "correlations.png"]  # unless drawn, they are of other scores
+    about = dict(results=results, correlations=correlations, pictures=pictures, **printed)
+    write_report(report := folder / "report.html", evaluation, predictions, listed, **about)
+    print(f"report: {report}", file=sys.stderr)
 
 
-def worth_a_listen(clips, tag_names, labels, predictions):
-    """Yield a table of the clips on which annotators and network disagree most, per tag and direction."""
-    yield "tag", "annotators", "network", "clip_id", "mp3_path"
-    for name, label, values in zip(tag_names, labels.T, predictions.T):
+def worth_a_listen(labels, predictions, thresholds):
+    """Yield (tag, label, clip), all of them numbers, of the clips on which annotators and network disagree most.
+
+    They are at most WORTH_A_LISTEN for each tag and label, and in the rows of `labels` and `predictions` (clips, tags).
+    """
+    for tag, (label, values) in enumerate(zip(labels.T, predictions.T)):
         for annotated in (0, 1):
-            candidates = np.flatnonzero(label == annotated)
+            candidates = np.flatnonzero((label == annotated) & ((values >= thresholds[tag]) != annotated))
             most = np.argsort(-np.abs(values[candidates] - annotated), kind="stable")[:WORTH_A_LISTEN]
-            for clip in candidates[most]:
-                yield name, annotated, f"{values[clip]:.4f}", *clips[clip]
+            yield from ((tag, annotated, clip) for clip in candidates[most])
 
 
-def print_results(results, checkpoint):
+def print_results(results, lines, remarks):
     columns = f"{'test clips':<22}{'positives':>16}  {'ROC-AUC':<22}{'average precision':<22}"
     print(f"{results['checkpoint']}\n{columns}threshold precision    recall")
     for row in sorted(results["test"]["tags"], key=lambda row: -np.nan_to_num(row["roc_auc"], nan=-1)):
@@ -277,10 +293,10 @@ def print_results(results, checkpoint):
         cells = " ".join(f"{'-' if np.isnan(x) else f'{x:.3f}':>9}" for x in at_threshold)
         print(f"{row['tag']:<22}{share:>16}  {both}{cells}")
     for part in EVALUATED:
-        print_part(part, results[part])
+        print(f"\n{part}, {results[part]['clips']:,} clips")
+        print("\n".join(f"  {what:<18} {said}" for what, said in lines[part].items()))
     print(f"\nbrackets: {results['intervals']}", *(f"made with {line}" for line in results["made_with"]), sep="\n")
-    other = f"note: {results['data']} is not the checkpoint's dump (--other-data): nothing published to compare with"
-    print(*cautions(checkpoint), other if results["other_data"] else published(checkpoint), sep="\n")
+    print(*remarks, sep="\n")
 
 
 def bracketed(row, score):
@@ -293,33 +309,36 @@ def format_interval(score):
     return f"{format_score(score['value'])} [{format_score(score['low'])}, {format_score(score['high'])}]"
 
 
-def print_part(part, result):
+def summary(result):
+    """Return {what: said} of a part's scores, as printed and in the report."""
     precision = ", ".join(f"{format_score(value)} at {k}" for k, value in result["precision_at"].items())
-    print(f"\n{part}, {result['clips']:,} clips")
-    print(f"  ROC-AUC            {format_interval(result['roc_auc'])}  macro over tags")
-    print(f"  average precision  {format_interval(result['average_precision'])}  macro over tags")
-    print(f"  within a clip      ROC-AUC {format_score(result['clip_roc_auc'])}; precision {precision}")
     both = ", ".join(f"{name} {format_score(score)}" for name, score in result["at_thresholds"].items())
-    print(f"  at the thresholds  {both}  macro over tags")
+    lines = {
+        "ROC-AUC": f"{format_interval(result['roc_auc'])}  macro over tags",
+        "average precision": f"{format_interval(result['average_precision'])}  macro over tags",
+        "within a clip": f"ROC-AUC {format_score(result['clip_roc_auc'])}; precision {precision}",
+        "at the thresholds": f"{both}  macro over tags",
+    }
     if result["seen_before"] or result["seen_before_by_id"]:
-        print(f"  seen before        by what it was fine-tuned from: {SEEN.format_map(result)}")
+        lines["seen before"] = f"by what it was fine-tuned from: {SEEN.format_map(result)}"
     if result["one_class"]:
-        print(f"  left out           {', '.join(result['one_class'])}: only one class among these clips")
+        lines["left out"] = f"{', '.join(result['one_class'])}: only one class among these clips"
     if leakage := result["leakage"]:
         shares = ", ".join(f"{kind} {leakage[f'share_of_{kind}']:.1%}" for kind in ("track", "album", "artist"))
-        print(f"  also in training   {shares} of the clips")
+        lines["also in training"] = f"{shares} of the clips"
         for kind in ("tracks", "artists"):
             auc, n_clips = format_score(leakage[f"roc_auc_of_other_{kind}"]), leakage[f"clips_of_other_{kind}"]
             few = f", fewer than {ENOUGH_CLIPS}" if n_clips < ENOUGH_CLIPS else ""
-            print(f"  {f'other {kind} only':<18} ROC-AUC {auc} ({n_clips:,} clips{few})")
+            lines[f"other {kind} only"] = f"ROC-AUC {auc} ({n_clips:,} clips{few})"
     for name, what in RIVALS.items():
         if rival := result[name]:
             gain = rival[f"network_minus_{name}"]["roc_auc"]
             verdict = "clearly worse" if gain["high"] < 0 else "not clearly better" if gain["low"] <= 0 else ""
             verdict = verdict and f": {verdict} than {what}"  # of NaN, none
             roc_auc, precision = format_interval(rival["roc_auc"]), format_interval(rival["average_precision"])
-            print(f"  {name.replace('_', ' '):<18} ROC-AUC {roc_auc}, average precision {precision}")
-            print(f"  network - {name.split('_')[0]:<8} ROC-AUC {format_interval(gain)}{verdict}")
+            lines[name.replace("_", " ")] = f"ROC-AUC {roc_auc}, average precision {precision}"
+            lines[f"network - {name.split('_')[0]}"] = f"ROC-AUC {format_interval(gain)}{verdict}"
+    return lines
 
 
 def print_over_seeds(results):

@@ -16,8 +16,8 @@ from lib.parallel import rank, world_size
 
 PLACE = {"data", "experiments", "name", "resume", "overwrite", "device"}  # settings that may differ in one experiment
 # What belongs to a checkpoint besides last.pt; those from results.json on are evaluate.py's
-OUTPUTS = "best.pt hyperparameters.json history.csv curves.png results.json per_tag.* correlations.png taggram_*.png"
-OUTPUTS += " predictions_*.csv labels_*.csv worth_a_listen.csv comparison.* seeds.csv"
+OUTPUTS = "best.pt hyperparameters.json history.csv curves.png results.json per_tag.* correlations.png taggram_*"
+OUTPUTS += " predictions_*.csv labels_*.csv worth_a_listen.csv report.html comparison.* seeds.csv"
 SECONDS_BETWEEN_PICTURES = 10  # drawing the curves takes a third of one, too long after short epochs
 
 

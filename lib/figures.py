@@ -5,18 +5,20 @@ Okabe and Ito's, or change in lightness; no information relies on colour alone.
 """
 
 import contextlib
+import io
 import os
 import textwrap
 import warnings
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's does not exist outside of it, and a file needs none
 
+import matplotlib.image
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from lib.audio import HOP_LENGTH, SAMPLE_RATE, import_librosa
+from lib.audio import SAMPLE_RATE, import_librosa
 from lib.common import whole_file
 from lib.scores import format_score, macro
 
@@ -27,6 +29,7 @@ STYLE = {
     "axes.spines.right": False,
     "text.parse_math": False,  # a dollar sign in a file's name begins no formula
 }
+POWER = {"cmap": "magma", "vmin": -80, "vmax": 0, "origin": "lower"}  # of a spectrogram in dB
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}  # the axes: a legend's place
 
@@ -122,10 +125,13 @@ def tag_differences(path, rows, title, synthetic=False):
     return figure
 
 
-def tag_correlations(path, tag_names, labels, predictions, synthetic=False):
-    """Draw how tags go together in annotations and predictions, (clips, tags) each, with similar tags adjacent."""
-    panels = {"annotations": _correlations(labels), "predictions": _correlations(predictions)}
-    distances = 1 - panels["annotations"][np.triu_indices(len(tag_names), 1)]
+def tag_correlations(path, tag_names, annotated, predicted, synthetic=False):
+    """Draw how tags go together, with similar ones adjacent: the correlations of their labels and of their scores.
+
+    Both are (tags, tags), as lib.scores.correlations returns them.
+    """
+    panels = {"annotations": annotated, "predictions": predicted}
+    distances = 1 - annotated[np.triu_indices(len(tag_names), 1)]
     order = leaves_list(linkage(distances, "average", optimal_ordering=True)) if len(distances) else [0]
     places, names = range(len(order)), [tag_names[tag] for tag in order]
     side = max(2.6, 0.105 * len(names))
@@ -142,34 +148,35 @@ def tag_correlations(path, tag_names, labels, predictions, synthetic=False):
     return figure
 
 
-def _correlations(columns):
-    """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 0 for a tag that never varies."""
-    varies = np.ptp(columns, axis=0) > 0
-    correlations = np.eye(len(varies))
-    correlations[np.ix_(varies, varies)] = np.corrcoef(columns[:, varies], rowvar=False)
-    return correlations
+def spectrogram(log_mel):
+    """Return a picture of a spectrogram (128, frames) alone, of at most 1,500 of its frames: a PNG file's bytes."""
+    picture, step = io.BytesIO(), -(-log_mel.shape[1] // 1500)
+    matplotlib.image.imsave(picture, _decibels(log_mel[:, ::step]), metadata={"Software": None}, **POWER)
+    return picture.getvalue()
 
 
-def taggram(path, log_mel, times, scores, thresholds, title, synthetic=False):
+def _decibels(log_mel):
+    """Return the power in dB, 0 at its peak, of a spectrogram as lib.audio.log_mel returns it."""
+    return 10 * np.log10(np.e) * (log_mel - log_mel.max())
+
+
+def taggram(path, log_mel, edges, scores, thresholds, title, synthetic=False):
     """Draw a recording's spectrogram and, below it, its tags over the same time, in the order of `thresholds`.
 
-    `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `times` (windows,) the windows' centres
-    in seconds, `scores` (windows, tags), `thresholds` {tag: score}. Each moment shows the window whose centre is
-    nearest, and a line where the score reaches the tag's threshold.
+    `log_mel` (128, frames) is the spectrogram as lib.audio.log_mel returns it, `edges` (windows + 1,) says in seconds
+    where each window's column begins and the last one ends, `scores` (windows, tags), `thresholds` {tag: score}. A line
+    shows where the score reaches the tag's threshold.
     """
-    n_bands, n_frames = log_mel.shape
-    duration = n_frames * HOP_LENGTH / SAMPLE_RATE
-    decibels = 10 * np.log10(np.e) * (log_mel - log_mel.max())
+    n_bands, duration = len(log_mel), edges[-1]
     centres = import_librosa().mel_frequencies(n_bands + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]  # of the bands, in Hz
     ticks = [128, 256, 512, 1024, 2048, 4096]
-    edges = np.concatenate([[0], (times[1:] + times[:-1]) / 2, [duration]])
     rows = np.arange(len(thresholds) + 1) - 0.5
     heights = 2.4, max(0.9, 0.2 * len(thresholds))  # inches
     title += ", tagged by a network that knows synthetic clips only" if synthetic else ""
     with _picture(path, title, 7, sum(heights) + 1, synthetic=False) as figure:
         top, bottom = figure.subplots(2, sharex=True, height_ratios=heights)
         extent = (0, duration, -0.5, n_bands - 0.5)
-        image = top.imshow(decibels, "magma", vmin=-80, vmax=0, extent=extent, origin="lower")
+        image = top.imshow(_decibels(log_mel), extent=extent, **POWER)
         top.set_yticks(np.interp(ticks, centres, np.arange(n_bands)), ticks, fontsize=7)
         top.set(aspect="auto", ylabel="frequency (Hz)")
         figure.colorbar(image, ax=top, label="power (dB, peak = 0)", pad=0.01, aspect=10)

@@ -17,6 +17,7 @@ from lib.audio import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, load, log_mel
 from lib.common import InputError, lock, naming, optional_picture, progress, reason, require_writable, whole_file
 from lib.dump import hex_crc32
 from lib.loader import load_ahead
+from lib.page import write_song
 from lib.tagger import Tagger, audio_files
 
 LONGEST_NAME = 50  # characters of a file's name in its picture's: 200 bytes at most, of the usual 255
@@ -30,12 +31,11 @@ def tag_files(settings, checkpoint_path):
         if not os.path.exists(path):
             spaces = "; a name with spaces needs quotation marks" * (len(settings.tag) > 1)
             raise InputError(f"{path}: no such file or folder{spaces}")
-    folder = settings.output or checkpoint_path.parent  # of taggrams
+    folder = settings.output or checkpoint_path.parent  # of pictures and pages
     tagger = Tagger(checkpoint_path, settings.device, settings.precision)
-    synthetic = "note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little"
-    for note in [synthetic] * tagger.synthetic + tagger.cautions:
+    for note in tagger.cautions:
         print(note, file=sys.stderr)
-    if settings.taggram:
+    if settings.taggram or settings.page:
         require_writable(folder, ELSEWHERE)
     files, n_others = audio_files(settings.tag)
     if n_others:
@@ -71,7 +71,7 @@ def tagged(tagger, files):
 
 
 def print_tags(settings, tagger, folder, files):
-    """Print the first tags of each file, draw its taggram into `folder`; return the number of errors."""
+    """Print the first tags of each file, draw what is asked for into `folder`; return the number of errors."""
     found, n_errors = {}, 0
     try:
         for path, samples, tags, note in tagged(tagger, files):
@@ -85,9 +85,9 @@ def print_tags(settings, tagger, folder, files):
                 above = tagger.above(tags)
                 listed = (f"{tag} {score:.2f}{'*' * (tag in above)}" for tag, score in tags.items())
                 print(f"{path}: {', '.join(listed)}")
-            if settings.taggram:
-                with optional_picture(picture := picture_of(path, folder)):
-                    draw_taggram(tagger, samples, [*tags], path, picture)
+            if settings.taggram or settings.page:
+                with optional_picture(path):
+                    show_over_time(settings, tagger, samples, tags, path, picture_of(path, folder))
     finally:  # after Ctrl-C too
         if settings.json:
             print(json.dumps(found, indent=1, allow_nan=False))
@@ -170,22 +170,34 @@ def picture_of(path, folder):
     return folder / f"taggram_{path.name[-LONGEST_NAME:]}_{hex_crc32(os.fsencode(place_of(path)))}.png"
 
 
-def draw_taggram(tagger, samples, tags, path, picture):
-    """Draw an audio file's spectrogram above its `tags` over time.
+def show_over_time(settings, tagger, samples, tags, path, picture):
+    """Show a file's spectrogram above its `tags`, {tag: score}, over time: in a picture, and in a page beside it."""
+    from lib import figures  # matplotlib takes a while to import
+
+    spectrogram, edges, scores = tags_over_time(tagger, samples, tags)
+    thresholds = {tag: tagger.thresholds[tag] for tag in tags}
+    if settings.taggram:
+        title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
+        figures.taggram(picture, spectrogram, edges, scores, thresholds, title, tagger.synthetic)
+        print(f"  {picture}", file=sys.stderr)
+    if settings.page:
+        page = picture.with_suffix(".html")
+        write_song(page, path, tagger, tags, figures.spectrogram(spectrogram), edges, scores)
+        print(f"  {page}", file=sys.stderr)
+
+
+def tags_over_time(tagger, samples, tags):
+    """Return (spectrogram (128, frames), edges (columns + 1,) in seconds, scores (columns, tags)) of a recording.
 
     Each column, 120 at most and at least a second apart, is the network's answer for the 29.1 s around it. For that,
     the first and the last 14.6 s of the recording are repeated; mirrored, notes that rise would fall.
     """
-    from lib import figures  # matplotlib takes a while to import
-
     step = max(SAMPLE_RATE, -(-len(samples) // 120))
     centres = np.arange(min(step, len(samples)) // 2, len(samples), step)
     half = CLIP_SAMPLES // 2
     extended = np.concatenate([np.resize(samples[:half], half), samples, np.resize(samples[-half:], half)])
     clips = [extended[centre : centre + CLIP_SAMPLES] for centre in centres]
     scores = tagger.scores(clips)[:, [tagger.tag_names.index(tag) for tag in tags]]
-    thresholds = {tag: tagger.thresholds[tag] for tag in tags}
     spectrogram = log_mel(samples, n_frames=1 + len(samples) // HOP_LENGTH)
-    title = path.name.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-    figures.taggram(picture, spectrogram, centres / SAMPLE_RATE, scores, thresholds, title, tagger.synthetic)
-    print(f"  {picture}", file=sys.stderr)
+    ends = spectrogram.shape[1] * HOP_LENGTH / SAMPLE_RATE
+    return spectrogram, np.array([0, *(centres[1:] + centres[:-1]) / 2 / SAMPLE_RATE, ends]), scores

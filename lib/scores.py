@@ -124,6 +124,14 @@ def weighted_scores(label, scores, weights):
     return found
 
 
+def correlations(columns):
+    """Return the Pearson correlations of `columns` (clips, tags): (tags, tags), 0 for a tag that never varies."""
+    varies = np.ptp(columns, axis=0) > 0
+    found = np.eye(len(varies))
+    found[np.ix_(varies, varies)] = np.corrcoef(columns[:, varies], rowvar=False)
+    return found
+
+
 def differs_clearly(labels, groups, difference):
     """Return which tags' ROC-AUCs differ, given Scores.minus, at a risk of 5% that chance alone has made any: (tags,).
 

@@ -31,7 +31,8 @@ class Tagger:
         checkpoint = load_checkpoint(checkpoint_path)
         self.tag_names, self.synthetic = checkpoint["tag_names"], checkpoint["synthetic"]
         self.thresholds = dict(zip(self.tag_names, checkpoint["thresholds"].tolist()))
-        self.cautions = [*cautions(checkpoint)]
+        toy = "note: this checkpoint was trained on SYNTHETIC clips; its tags for music mean little"
+        self.cautions = [toy] * self.synthetic + [*cautions(checkpoint)]
         self.device = choose_device(device)
         self.net, self.precision = load_network(checkpoint, self.device, precision)
         self.mean, self.std = (checkpoint["normalization"][name].numpy()[:, None] for name in ("mean", "std"))

@@ -84,10 +84,13 @@ class SmallNetwork(torch.nn.Module):
         return self.head(spectrograms.mean(dim=(1, 2)))
 
 
-def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar", "flute", "slow"), n_chunks=3):
+def write_dump(
+    data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar", "flute", "slow"), n_chunks=3, files={}
+):
     """Write a complete dump of random spectrograms with at least three tags into folder `data`, and return it.
 
-    Clips of one track, so many in a row, have the same tags. `names` are those of the first three.
+    Clips of one track, so many in a row, have the same tags. `names` are those of the first three tags, `files`
+    {clip: name} those of files that are not called as usual.
     """
     rng = np.random.RandomState(seed)
     names = [*names, *(f"tag {tag}" for tag in range(4, n_tags + 1))]
@@ -95,8 +98,9 @@ def write_dump(data, n_clips, n_tags=3, seed=0, n_of_a_track=1, names=("guitar",
     for clip in range(n_clips):
         track = clip // n_of_a_track
         tags = track % 2, track % 3 == 0, track % 5 > 0, *(track % tag == 0 for tag in range(4, n_tags + 1))
-        lines.append("\t".join([str(101 + clip), *(str(int(tag)) for tag in tags), f"{'09cdf'[clip % 5]}/{clip}.mp3"]))
-    (data / "tags.csv").write_text("\n".join(lines))
+        file = files.get(clip, f"{'09cdf'[clip % 5]}/{clip}.mp3")
+        lines.append("\t".join([str(101 + clip), *(str(int(tag)) for tag in tags), file]))
+    (data / "tags.csv").write_text("\n".join(lines), encoding="utf-8")
     annotations = read_annotations(data / "tags.csv")
     plan = plan_dump(data, n_clips, n_chunks)
     chunks = divide(data, n_clips, n_chunks)

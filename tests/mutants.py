@@ -440,6 +440,52 @@ MUTANTS = [
         ("_{hex_crc32(os.fsencode(place_of(path)))}", ""),
         ("path.name[-LONGEST_NAME:]", "path.name"),
         ("list(tags.items())[: settings.top]", "list(tags.items())")),
+    # ====== the pages ======
+    *of("evaluate.py", "test_evaluate.py test_page.py",
+        ("(values >= thresholds[tag]) != annotated", "(values >= 0.5) != annotated"),
+        ("candidates[most]", "candidates[most[:9]]")),
+    *of("lib/figures.py", "test_figures.py",
+        ("-(-log_mel.shape[1] // 1500)", "1"),
+        ('"origin": "lower"', '"origin": "upper"')),
+    *of("lib/page.py", "test_page.py",
+        ("np.argsort(-predictions / thresholds", "np.argsort(-predictions"),
+        ("evaluation.labels[row]", "1 - evaluation.labels[row]"),
+        ("-correlations[0][pair]", "-correlations[1][pair]"),
+        ("zip(edges, edges[1:], over_time)", "zip(edges, edges, over_time)"),
+        ("autoescape=True", "autoescape=False"),
+        ('errors="backslashreplace"', 'errors="strict"'),
+        ('if ".." in path.parts', "if False"),
+        ('if ".." in path.parts', "if True"),
+        ("FOREMOST = 5", "FOREMOST = 2")),
+    *of("lib/page.html", "test_page.py",
+        ("[current, next] = [place, place + 1]", "[current, next] = [place, place]"),
+        ('clip.closest("details").open = true;', ""),
+        ("absent.hidden = true;", ""),
+        ('audio.addEventListener("error", showAbsence);', ""),
+        (".focus({preventScroll: true})", ""),
+        ("clip.scrollIntoView();", ""),
+        ("dataset.tag, dataset.annotators", "dataset.annotators"),
+        ("localStorage.setItem(", "String("),
+        ("clips.findIndex(clip => !verdictOf(clip))", "0"),
+        ("""replace(/"/g, '""')""", "trim()"),
+        ("filter(place => !verdictOf(clips[place]))", "filter(place => true)"),
+        ("go(current - 1)", "go(current)"),
+        ("audio.paused ? play() : audio.pause()", "play()"),
+        ("if (event.ctrlKey || event.metaKey || event.altKey) return;", ""),
+        ('addEventListener("change", () => judge(place))', 'addEventListener("change", () => {})'),
+        ("find(link.hash).open = true;", ""),
+        ("(a, b) => a - b :", "(a, b) => a.localeCompare(b) :"),
+        ("(up ? 1 : -1)", "1"),
+        ("* (event.clientX - box.left) / box.width", "/ 2"),
+        ("requestAnimationFrame(move);\n  });", "});"),
+        ("default-src 'none'; ", ""),
+        ("base-uri 'none'; ", ""),
+        ("{{ '*' if score >= threshold }} <small>", " <small>"),
+        ("100 * (end - start) / seconds", "100 * end / seconds"),
+        ("(lines.validation | list + lines.test | list) | unique", "lines.test"),
+        ("'yes, network no' if annotated", "'no, network no' if annotated"),
+        ("<b>{{ 'no' if annotated else 'yes' }}</b>", "<b>no</b>"),
+        ("row[score + '_low'] - least", "row[score] - least")),
     # ====== the download ======
     *of("lib/download.py", "test_get_data.py",
         ("position - begin if status == 200 else 0", "0"),
@@ -477,7 +523,8 @@ def main():
         source = (ROOT / file).read_text(encoding="utf-8")
         if (n := source.count(text)) != 1:
             raise InputError(f"{file}: has {n} places with {text!r}; a mutant needs one, so write this one anew")
-        compile(source.replace(text, replacement), file, "exec")  # no mutant dies of a syntax error
+        if file.endswith(".py"):
+            compile(source.replace(text, replacement), file, "exec")  # no mutant dies of a syntax error
     words = settings.only or [""]
     chosen = [mutant for mutant in MUTANTS if any(word in f"{mutant.file} {mutant.text}" for word in words)]
     unbroken = [Mutant("model.py", [test], "", "") for test in sorted({test for one in chosen for test in one.tests})]

@@ -298,15 +298,12 @@ def test_what_names_alone_predict_stands_beside_the_networks_scores(evaluated, c
             differences.append(score(labels[rows], predictions[rows]) - score(labels[rows], expected[rows]))
         its = [row["network_minus_names_only"][name]["value"] for name in scores.SCORES]
         assert its == pytest.approx(differences)
-    evaluate.print_part("test", found["test"])
-    printed, of = capsys.readouterr().out, "{value:.4f} [{low:.4f}, {high:.4f}]".format_map
+    words, of = evaluate.summary(found["test"]), "{value:.4f} [{low:.4f}, {high:.4f}]".format_map
     precision = of(found["test"]["names_only"]["average_precision"])
-    assert (
-        f"  names only         ROC-AUC {of(found['test']['names_only']['roc_auc'])}, average precision {precision}"
-        in printed
-    )
+    roc_auc = of(found["test"]["names_only"]["roc_auc"])
+    assert words["names only"] == f"ROC-AUC {roc_auc}, average precision {precision}"
     gain = found["test"]["names_only"]["network_minus_names_only"]["roc_auc"]
-    assert f"  network - names    ROC-AUC {of(gain)}" in printed
+    assert words["network - names"].startswith(f"ROC-AUC {of(gain)}")
     of_tracks = [np.mean([labels[clip ^ 1, tag] for clip in range(40) if labels[clip, tag]]) for tag in range(3)]
     with (evaluated / "per_tag.csv").open() as file:
         assert [float(row["repeatability"]) for row in csv.DictReader(file)] == pytest.approx(2 * of_tracks)
@@ -518,12 +515,11 @@ def test_only_an_interval_that_leaves_out_zero_says_which_is_better(low, high, v
     part = {"clips": 9, **macro, "clip_roc_auc": 0.5, "precision_at": {}, "one_class": [], "leakage": None}
     part["at_thresholds"] = {"precision": 0.6, "recall": 0.7}
     rivals = {name: {**macro, f"network_minus_{name}": macro} for name in evaluate.RIVALS}
-    evaluate.print_part("test", {**part, "seen_before": 0, "seen_before_by_id": 0, **rivals})
-    printed = capsys.readouterr().out
-    assert "at the thresholds  precision 0.6000, recall 0.7000  macro" in printed
-    for rival in ("a logistic regression", "the labels of artist and album"):
-        assert (f": not clearly better than {rival}" in printed) == (low < 0 < high)
-        assert (f": clearly worse than {rival}" in printed) == (high < 0)
+    words = evaluate.summary({**part, "seen_before": 0, "seen_before_by_id": 0, **rivals})
+    assert words["at the thresholds"].startswith("precision 0.6000, recall 0.7000  macro")
+    for rival, what in (("baseline", "a logistic regression"), ("names", "the labels of artist and album")):
+        assert (f": not clearly better than {what}" in words[f"network - {rival}"]) == (low < 0 < high)
+        assert (f": clearly worse than {what}" in words[f"network - {rival}"]) == (high < 0)
 
 
 def test_data_that_are_not_the_checkpoints_are_named(evaluated, call_script, tmp_path):
@@ -641,9 +637,7 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(tmp_path):
 def test_the_clips_that_are_worth_a_listen():
     labels = np.array([[0], [0], [1], [1], [0]])
     predictions = np.array([[0.1], [0.9], [0.2], [0.7], [0.5]])
-    clips = [(clip, f"{clip}.mp3") for clip in range(5)]
-    header, *rows = evaluate.worth_a_listen(clips, ["slow"], labels, predictions)
-    assert [row[3] for row in rows] == [1, 4, 0, 2, 3]
-    assert dict(zip(header, rows[0])) == {
-        "tag": "slow", "annotators": 0, "network": "0.9000", "clip_id": 1, "mp3_path": "1.mp3"
-    }  # fmt: skip
+    assert [*evaluate.worth_a_listen(labels, predictions, [0.5])] == [(0, 0, 1), (0, 0, 4), (0, 1, 2)]
+    assert [*evaluate.worth_a_listen(labels, predictions, [0.8])] == [(0, 0, 1), (0, 1, 2), (0, 1, 3)]
+    found = [*evaluate.worth_a_listen(np.zeros((12, 2)), np.linspace(0.6, 0.8, 24).reshape(12, 2), [1, 0.5])]
+    assert found == [(1, 0, clip) for clip in range(11, 1, -1)], "ten at most"

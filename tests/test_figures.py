@@ -1,11 +1,14 @@
 """The pictures, by what matplotlib was told to draw and by the PNG files."""
 
+import io
+
 import numpy as np
 import pytest
 from librosa import mel_frequencies
 from matplotlib.image import imread
 
 from lib import figures
+from lib.scores import correlations
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
@@ -77,7 +80,8 @@ def test_differences_that_are_clear_are_marked(tmp_path):
 def test_correlations_are_pearsons_in_one_order_that_groups_similar_tags(tmp_path):
     labels, predictions = RNG.integers(0, 2, (200, 5)), RNG.random((200, 5))
     labels[10:, 3], labels[:, 4], predictions[:, 4] = labels[10:, 1], 0, 0.1
-    annotated, predicted, _ = axes_of(figures.tag_correlations, tmp_path, list("01234"), labels, predictions)
+    both = correlations(labels), correlations(predictions)
+    annotated, predicted, _ = axes_of(figures.tag_correlations, tmp_path, list("01234"), *both)
     order = [int(name) for name in names(annotated.yaxis)]
     assert sorted(order) == [0, 1, 2, 3, 4] and abs(order.index(1) - order.index(3)) == 1
     for axes, columns in ((annotated, labels), (predicted, predictions)):
@@ -87,20 +91,31 @@ def test_correlations_are_pearsons_in_one_order_that_groups_similar_tags(tmp_pat
 
 
 def test_one_clip_has_no_correlations(tmp_path):
-    annotated, *_ = axes_of(figures.tag_correlations, tmp_path, list("012"), np.array([[0, 1, 1]]), RNG.random((1, 3)))
+    both = correlations(np.array([[0, 1, 1]])), correlations(RNG.random((1, 3)))
+    annotated, *_ = axes_of(figures.tag_correlations, tmp_path, list("012"), *both)
     assert np.array_equal(annotated.images[0].get_array(), np.eye(3))
 
 
 def test_a_taggram_has_seconds_hertz_and_the_first_tags_on_top(tmp_path):
     scores = np.array([[0.6, 0.1, 0.2], [0.7, 0.9, 0.4], [0.8, 0.8, 0.3]])
     thresholds = {"1": 0.7, "2": 1, "0": 0.2}
-    arguments = np.zeros((128, 628)), np.array([10, 12, 20]), scores, thresholds, r"$\no formula$.mp3"
+    edges = np.array([0, 11, 16, 628 * 512 / 11025])
+    arguments = np.zeros((128, 628)), edges, scores, thresholds, r"$\no formula$.mp3"
     top, bottom, *_ = axes_of(figures.taggram, tmp_path, *arguments)
     assert names(bottom.yaxis) == ["1", "2", "0"]
     assert np.allclose(bottom.collections[0].get_array(), scores.T)
-    edges = [0, 11, 16, 628 * 512 / 11025]
     assert np.allclose(bottom.collections[0].get_coordinates()[0, :, 0], edges)
     underlined = [(round(start[1]), start[0], end[0]) for start, end in bottom.collections[2].get_segments()]
     assert underlined == [(0, *edges[1:3]), (0, *edges[2:]), *((2, *edges[window : window + 2]) for window in range(3))]
     hertz = mel_frequencies(130, fmin=0, fmax=11025 / 2)[1:-1]  # of the bands' centres
     assert np.allclose(np.interp(top.get_yticks(), range(128), hertz), [int(name) for name in names(top.yaxis)])
+
+
+def test_a_spectrogram_alone_has_high_bands_on_top_and_no_more_columns_than_a_screen():
+    log_mel = np.full((128, 4000), -30.0)
+    log_mel[127, 0], log_mel[0, 3] = 0, -2
+    picture = imread(io.BytesIO(figures.spectrogram(log_mel)))[..., :3].sum(axis=2)
+    assert picture.shape == (128, 1334), "each third frame"
+    order = np.argsort(-picture, axis=None)
+    assert [np.unravel_index(place, picture.shape) for place in order[:2]] == [(0, 0), (127, 1)]
+    assert imread(io.BytesIO(figures.spectrogram(log_mel[:, :1]))).shape[:2] == (128, 1)

@@ -16,10 +16,10 @@ import torch
 
 from conftest import ROOT
 from evaluate import Tagger
-from lib import figures, library
+from lib import library
 from lib.audio import log_mel_spectrogram
 from lib.common import InputError
-from lib.library import draw_taggram, picture_of
+from lib.library import picture_of, tags_over_time
 from lib.tagger import audio_files, windows
 from test_evaluate import make_checkpoint
 
@@ -129,33 +129,22 @@ def test_a_long_file_is_the_mean_of_its_windows(tagger, tmp_path):
     assert np.allclose([found[name] for name in tagger.tag_names], np.mean(expected, axis=0), atol=1e-6)
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The arguments of each call of figures.taggram, which draws nothing."""
-    calls = []
-    monkeypatch.setattr(figures, "taggram", lambda *arguments: calls.append(arguments))
-    return calls
-
-
-def test_a_column_of_a_taggram_is_the_answer_for_the_clip_around_it(tagger, tmp_path, drawn):
+def test_tags_over_time_are_the_answers_for_the_clips_around_each_moment(tagger):
     samples, half = music(33)[:, 0], 627 * 512 // 2
-    draw_taggram(tagger, samples, ["flute", "slow"], tmp_path / "song.mp3", tmp_path / "picture.png")
-    ((picture, spectrogram, times, scores, thresholds, title, _),) = drawn
-    assert (picture, [*thresholds], title) == (tmp_path / "picture.png", ["flute", "slow"], "song.mp3")
-    assert [*thresholds.values()] == [tagger.thresholds["flute"], tagger.thresholds["slow"]]
-    assert times == pytest.approx(np.arange(0.5, 33), abs=1e-4) and spectrogram.shape == (128, 1 + len(samples) // 512)
+    spectrogram, edges, scores = tags_over_time(tagger, samples, ["flute", "slow"])
+    assert edges[:-1] == pytest.approx(np.arange(33), abs=1e-3) and spectrogram.shape == (128, 1 + len(samples) // 512)
+    assert edges[-1] == spectrogram.shape[1] * 512 / 11025
     extended = np.concatenate([samples[:half], samples, samples[-half:]])
     for column in (0, 16, 32):
-        centre = int(times[column] * 11025 + 0.5)
+        centre = 11025 // 2 + 11025 * column
         expected = tagger.scores([extended[centre : centre + 2 * half]])
         assert scores[column] == pytest.approx(expected[0, [2, 0]], abs=1e-6)
 
 
-def test_a_taggram_of_a_short_recording_repeats_it(tagger, tmp_path, drawn):
-    draw_taggram(tagger, samples := music(5)[:, 0], ["slow"], tmp_path / "song.mp3", tmp_path / "picture.png")
+def test_over_time_a_short_recording_is_repeated(tagger):
+    _, _, scores = tags_over_time(tagger, samples := music(5)[:, 0], ["slow"])
     repeated = [np.resize(samples, 627 * 256), samples, np.resize(samples, 627 * 256)]
     expected = tagger.scores([np.concatenate(repeated)[5512 : 5512 + 627 * 512]])[0, 0]
-    ((_, _, _, scores, *_),) = drawn
     assert scores[0] == pytest.approx([expected], abs=1e-6)
 
 
