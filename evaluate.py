@@ -1,7 +1,8 @@
 """Score a trained checkpoint on its validation and test clips, or tag your own music with it.
 
-Writes results.json, tables and pictures beside the checkpoint, or into --output; for several names, means over seeds
-too. With --against, compares two experiments instead. With --tag, prints the tags of audio files instead.
+Writes results.json, tables, pictures and report.html, a page to listen to, beside the checkpoint, or into --output; for
+several names, means over seeds too. With --against, compares two experiments instead. With --tag, prints the tags of
+audio files instead.
 """
 
 import sys
@@ -259,15 +260,15 @@ def write_results(evaluation, results, predicted, **printed):
     rows = [(tag_names[tag], said, f"{predictions[clip, tag]:.4f}", *clips["test"][clip]) for tag, said, clip in listed]
     write_table(folder / "worth_a_listen.csv", [("tag", "annotators", "network", "clip_id", "mp3_path"), *rows])
     correlations = [scores.correlations(columns) for columns in (labels, predictions)]
-    pictures = [picture for picture in [evaluation.path.with_name("curves.png")] if picture.exists()]
+    pictures = [*evaluation.path.parent.glob("curves.png")]
     with optional_picture(folder):
         from lib import figures  # matplotlib takes a while to import
 
         figures.per_tag_roc_auc(folder / "per_tag.png", results["test"]["tags"], synthetic=dump.synthetic)
         figures.tag_correlations(folder / "correlations.png", tag_names, *correlations, synthetic=dump.synthetic)
         pictures += [folder / "per_tag.png", folder / "correlations.png"]  # unless drawn, they are of other scores
-    about = dict(results=results, correlations=correlations, pictures=pictures, **printed)
-    write_report(report := folder / "report.html", evaluation, predictions, listed, **about)
+    shown = dict(results=results, pictures=pictures, **printed)
+    write_report(report := folder / "report.html", evaluation, predictions, listed, correlations, **shown)
     print(f"report: {report}", file=sys.stderr)
 
 

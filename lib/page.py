@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from lib.common import whole_file
+from lib.tagger import foremost
 
 FOREMOST = 5  # of the network's tags that are shown of a clip
 PAIRS = 5  # of tags that go together, in words
@@ -26,13 +27,12 @@ def write_report(path, evaluation, predictions, listed, correlations, **more):
     `lines` {part: {what: said}} and `remarks`, as they are printed; `pictures`, the paths of PNG files.
     """
     names, thresholds = evaluation.checkpoint["tag_names"], evaluation.checkpoint["thresholds"].numpy()
-    foremost = np.argsort(-predictions / thresholds, axis=1, kind="stable")[:, :FOREMOST]
-    clips = {name: {0: [], 1: []} for name in names}
+    order, clips = foremost(predictions, thresholds)[:, :FOREMOST], {}
     for tag, label, clip in listed:
         about = {"row": (row := evaluation.rows["test"][clip]), "score": predictions[clip, tag]}
         about["annotated"] = [names[other] for other in np.flatnonzero(evaluation.labels[row])]
-        about["foremost"] = [(names[other], predictions[clip, other], thresholds[other]) for other in foremost[clip]]
-        clips[names[tag]][label].append(about)
+        about["foremost"] = [(names[other], predictions[clip, other], thresholds[other]) for other in order[clip]]
+        clips.setdefault(names[tag], {}).setdefault(label, []).append(about)
     pairs = sorted(zip(*np.triu_indices(len(names), 1)), key=lambda pair: -correlations[0][pair])[:PAIRS]
     pairs = [(names[one], names[other], *(panel[one, other] for panel in correlations)) for one, other in pairs]
     name = evaluation.path.absolute().parent.name

@@ -69,12 +69,17 @@ class Tagger:
     def tags(self, samples):
         """Return {tag: score}, the means over the windows of samples at 11,025 Hz, largest score / threshold first."""
         mean = self.scores(windows(samples)).mean(axis=0)
-        order = np.argsort(-mean / [*self.thresholds.values()], kind="stable")
+        order = foremost(mean, [*self.thresholds.values()])
         return {self.tag_names[tag]: float(mean[tag]) for tag in order}
 
     def above(self, tags):
         """Return those of `tags`, as a call returns them, whose scores reach their thresholds."""
         return [tag for tag, score in tags.items() if score >= self.thresholds[tag]]
+
+
+def foremost(scores, thresholds):
+    """Return the numbers of the tags, largest score / threshold first, for scores (tags,) or (clips, tags)."""
+    return np.argsort(-scores / thresholds, axis=-1, kind="stable")
 
 
 def windows(samples):
